@@ -1,0 +1,50 @@
+"""Errors and warnings: every message names the site, argument or unit, the value, and the line to type instead."""
+
+from __future__ import annotations
+
+__all__ = [
+    "GuideCheckError",
+    "InformationError",
+    "LaplaceAmortError",
+    "ModelError",
+    "NotPositiveDefiniteError",
+    "PathError",
+    "PathLeakError",
+    "PathMissingWarning",
+]
+
+
+class LaplaceAmortError(Exception):
+    """Base class of every error this package raises on purpose (besides plain ``TypeError``/``ValueError``)."""
+
+
+class PathError(LaplaceAmortError, RuntimeError):
+    """The two paths of a dual-path parameter cannot be examined, for instance because no graph was recorded."""
+
+
+class PathLeakError(PathError):
+    """A tensor that must not depend on the curvature path (or on the raw parameter) does."""
+
+
+class PathMissingWarning(UserWarning):
+    """A tensor that should depend on the mean path does not, so the ELBO gradient lacks a term."""
+
+
+class InformationError(LaplaceAmortError, RuntimeError):
+    """The observed information of a log joint density cannot be formed."""
+
+
+class NotPositiveDefiniteError(LaplaceAmortError, ArithmeticError):
+    """A precision matrix is not positive definite, and a repair would have to change it past its bound."""
+
+
+class ModelError(LaplaceAmortError, RuntimeError):
+    """A Pyro model has something that this package cannot handle; the message names the site or plate."""
+
+
+class GuideCheckError(LaplaceAmortError, AssertionError):
+    """A guide failed :func:`laplace_amort.testing.check_guide`; the attribute ``report`` holds every row."""
+
+    def __init__(self, message: str, report: object = None) -> None:
+        super().__init__(message)
+        self.report = report
