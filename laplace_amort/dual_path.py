@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from laplace_amort.errors import PathError, PathLeakError, PathMissingWarning
+from laplace_amort.graph import Edge, ancestors_of
 
 __all__ = ["DualPath", "DualPathParam", "check_paths", "dual_path"]
 
@@ -167,7 +168,8 @@ def check_paths(dual: DualPath, mode: Any, log_prob: Tensor | None = None) -> No
     r"""Follow the autograd graph and refuse a :math:`\hat y` that was computed from the wrong copy.
 
     Call it once in a hand-written guide, after :math:`\hat y` is known; it reads the graph and computes nothing. It
-    sees the graph of eager autograd only: code inside ``torch.compile`` or ``torch.func`` is opaque to it.
+    sees the graph of eager autograd only: code inside ``torch.compile`` or ``torch.func`` is opaque to it. Where
+    gradients are disabled, as in ``SVI.evaluate_loss`` and ``Predictive``, there is nothing to check and it returns.
 
     :param DualPath dual: what :func:`dual_path` returned.
     :param mode: :math:`\hat y`, a tensor or a nested dict, list or tuple of them.
@@ -175,7 +177,7 @@ def check_paths(dual: DualPath, mode: Any, log_prob: Tensor | None = None) -> No
         ``dual.curvature`` and ``mode``; then a third route from the raw parameter into it is found as well.
     :raises PathLeakError: if ``mode`` descends from the curvature copy, or ``log_prob`` from the raw parameter past
         both copies.
-    :raises PathError: if there is no graph to follow (under ``no_grad``, or nothing requires a gradient).
+    :raises PathError: if there is no graph to follow although gradients are enabled.
     :raises TypeError: if ``dual`` is not a :class:`DualPath`, or ``mode`` holds something that is not a tensor.
 
     A mode that does not reach the mean copy at all gives a :class:`~laplace_amort.errors.PathMissingWarning`: the
@@ -195,13 +197,15 @@ def check_paths(dual: DualPath, mode: Any, log_prob: Tensor | None = None) -> No
     """
     if not isinstance(dual, DualPath):
         raise TypeError(f"check_paths needs the DualPath that dual_path() returned, got {type(dual).__name__}")
+    if not torch.is_grad_enabled():
+        return
     mean_edges = _edges(dual.mean, "dual.mean", MEAN)
     curvature_edges = _edges(dual.curvature, "dual.curvature", CURVATURE)
     reached = False
     for where, leaf in _leaves(mode, "mode"):
         if not isinstance(leaf, Tensor):
             raise TypeError(f"{where} is a {type(leaf).__name__}; check_paths needs tensors")
-        ancestors = _ancestors(leaf)
+        ancestors = ancestors_of(leaf)
         if ancestors & curvature_edges:
             raise PathLeakError(
                 f"{where} (shape {tuple(leaf.shape)}) descends from the curvature output of dual_path, so the\n"
@@ -220,10 +224,10 @@ def check_paths(dual: DualPath, mode: Any, log_prob: Tensor | None = None) -> No
         _check_no_third_route(mean_edges | curvature_edges, log_prob)
 
 
-def _check_no_third_route(copies: set[_Edge], log_prob: Tensor) -> None:
+def _check_no_third_route(copies: set[Edge], log_prob: Tensor) -> None:
     # What feeds the dual node is the raw parameter; reaching it other than through a copy is a third route.
     sources = {edge for node, _ in copies for edge in node.next_functions if edge[0] is not None}
-    if _ancestors(log_prob, stop=copies.__contains__) & sources:
+    if ancestors_of(log_prob, stop=copies.__contains__) & sources:
         raise PathLeakError(
             "log_prob depends on the raw parameter past both outputs of dual_path, so the Hessian would miss that\n"
             "dependence. Pass the parameter in as an argument, and call it with the curvature output:\n"
@@ -231,40 +235,24 @@ def _check_no_third_route(copies: set[_Edge], log_prob: Tensor) -> None:
         )
 
 
-_Edge = tuple[Any, int]  # (autograd node, output number)
-
-
-def _edges(copies: Any, where: str, output_nr: int) -> set[_Edge]:
+def _edges(copies: Any, where: str, output_nr: int) -> set[Edge]:
     """The graph edges that leave the dual node for these copies, also after in-place operations on them."""
     edges = set()
     for name, leaf in _leaves(copies, where):
         if leaf.grad_fn is None:
             raise PathError(
                 f"there is no graph to follow: {name} has no grad_fn. Call dual_path on a tensor that requires a "
-                "gradient, with gradients enabled:\n    with torch.enable_grad(): ..."
+                "gradient, with gradients enabled:\n    dual_path(theta.requires_grad_())"
             )
-        own = {edge for edge in _ancestors(leaf, stop=_is_dual_edge) if _is_dual_edge(edge)}
+        own = {edge for edge in ancestors_of(leaf, stop=is_dual_edge) if is_dual_edge(edge)}
         edges |= {edge for edge in own if edge[1] == output_nr} or {(leaf.grad_fn, leaf.output_nr)}
     return edges
 
 
-def _is_dual_edge(edge: _Edge) -> bool:
-    return issubclass(getattr(edge[0], "_forward_cls", object), DualPathParam)
-
-
-def _ancestors(tensor: Tensor, stop: Callable[[_Edge], bool] = lambda edge: False) -> set[_Edge]:
-    """Every edge of the autograd graph above ``tensor``; edges where ``stop`` holds are included but not passed."""
-    seen: set[_Edge] = set()
-    # A leaf that requires a gradient has no grad_fn, only an accumulator that exists once something depends on it.
-    stack: list[_Edge] = [] if tensor.grad_fn is None else [(tensor.grad_fn, tensor.output_nr)]
-    while stack:
-        edge = stack.pop()
-        if edge in seen:
-            continue
-        seen.add(edge)
-        if not stop(edge):
-            stack.extend(parent for parent in edge[0].next_functions if parent[0] is not None)
-    return seen
+def is_dual_edge(edge: Edge, output_nr: int | None = None) -> bool:
+    """Whether a graph edge leaves a dual-path node, by the output with this number if one is given."""
+    is_dual = issubclass(getattr(edge[0], "_forward_cls", object), DualPathParam)
+    return is_dual and output_nr in (None, edge[1])
 
 
 def _leaves(value: Any, where: str) -> Iterator[tuple[str, Any]]:

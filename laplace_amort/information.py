@@ -34,7 +34,7 @@ def observed_information(log_joint: LogDensity, *values: Tensor) -> Tensor:
     :return: symmetric matrix of shape ``(D, D)``, differentiable to any order where gradients are enabled (that is
         third order and more in ``log_joint``), and without a graph under ``no_grad``.
     :raises InformationError: if the result is not a scalar, an argument does not matter, anything is NaN or infinite,
-        an operation lacks a second derivative, or inference mode is on; the message names the argument.
+        an operation lacks a second derivative, or under inference mode or the JIT; the message names the argument.
     :raises TypeError: if a value is not a real floating-point tensor, or there are none.
 
     Example: a normal density has its precision as information, wherever it is taken::
@@ -190,6 +190,10 @@ def _check_values(names: Sequence[str], values: Sequence[Tensor]) -> None:
         raise InformationError(
             "observed_information needs autograd, which inference_mode switches off for good. Use no_grad instead:\n"
             "    with torch.no_grad(): ..."
+        )
+    if torch.jit.is_tracing():
+        raise InformationError(
+            "torch.jit.trace cannot hold a Hessian, so JitTrace_ELBO cannot run this guide. Use Trace_ELBO() instead"
         )
     for name, value in zip(names, values, strict=True):
         if not isinstance(value, Tensor) or not value.is_floating_point():

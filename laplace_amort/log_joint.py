@@ -15,8 +15,9 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_feasible, init_to_median
 from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import am_i_wrapped
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to, constraints
@@ -101,8 +102,8 @@ class LogJoint:
         self.args = args
         self.kwargs = kwargs
         self.indices: dict[str, Tensor] = {}
-        with torch.no_grad():
-            trace = self._run(InitMessenger(init_to_median), setup=True)
+        # Any feasible point shows the sites; a draw from a vague prior might overflow the likelihood.
+        trace = self._run(InitMessenger(init_to_feasible), setup=True)
         self.sites = _find_sites(trace)
         self.size = sum(site.shape.numel() for site in self.sites.values())
 
@@ -183,9 +184,17 @@ class LogJoint:
 
     def initial(self, init_loc_fn: Callable[..., Any] = init_to_median) -> Tensor:
         """Return a packed start ``(D,)``, by one of Pyro's ``init_to_*`` strategies (the prior median by default)."""
-        with torch.no_grad():
-            trace = self._run(InitMessenger(init_loc_fn))
+        trace = self._run(InitMessenger(init_loc_fn))
         return self.pack({n: _transform(trace.nodes[n]).inv(trace.nodes[n]["value"]) for n in self.sites}).detach()
+
+    def log_jacobian(self, packed: Tensor) -> Tensor:
+        r"""Return :math:`\log|\partial x/\partial u|` at a packed ``(D,)``, a scalar; without subsampling factors."""
+        unconstrained = self.unpack(packed)
+        total = packed.new_zeros(())
+        for name, transform in self._transforms(unconstrained).items():
+            value = unconstrained[name]
+            total = total + transform.log_abs_det_jacobian(value, transform(value)).sum()
+        return total
 
     def subsample_scale(self) -> Tensor:
         """Return the subsampling factor ``N / B`` of every packed element, ``(D,)``; all 1 without subsampling.
@@ -201,10 +210,13 @@ class LogJoint:
         site is a ``pyro.factor`` beside it and not the ``log_density`` of the ``Delta``, because Pyro's
         ``TraceMeanField_ELBO`` drops the latter.
 
+        Not for a subsampled plate: Pyro scales the density of each unit by ``N / B``, and the density of one joint draw
+        cannot be scaled by unit. There, sample the globals first and the units in a site of their own inside the plate.
+
         :param Tensor packed: a draw ``(*, D)``, sampled in the guide at a site with ``infer={"is_auxiliary": True}``.
-        :param plates: plates that the guide opened itself (needed where they subsample).
+        :param plates: plates of the model that the guide made itself; the others are made here.
         :return: constrained values per site.
-        :raises ModelError: if a plate subsamples and was not given.
+        :raises ModelError: if a site lies in a subsampled plate.
         """
         opened = {plate.name: plate for plate in plates}
         unconstrained = self.unpack(packed)
@@ -214,7 +226,7 @@ class LogJoint:
             value = transforms[name](unconstrained[name])
             with _Plates(site, opened):
                 pyro.sample(name, dist.Delta(value, event_dim=site.constrained_event_dim))
-                if transforms[name] is not _IDENTITY:
+                if transforms[name] is not _IDENTITY and am_i_wrapped():  # bare calls have no density to keep
                     log_jacobian = _log_jacobian(
                         transforms[name], unconstrained[name], value, site.constrained_event_dim
                     )
@@ -292,11 +304,13 @@ class _Plates:
 
     def __init__(self, site: LatentSite, opened: dict[str, Any]) -> None:
         for frame in site.plates:
-            if frame.name not in opened and frame.size != frame.full_size:
+            if frame.size != frame.full_size:
                 raise ModelError(
                     f"site '{site.name}' lies in plate '{frame.name}', which subsamples {frame.size} of "
-                    f"{frame.full_size}. Open the plate in the guide and pass it on:\n"
-                    f"    sample_sites(packed, plates=[plate])"
+                    f"{frame.full_size}; the density of a joint draw cannot be scaled by unit. Sample the globals "
+                    f"first, then the units inside the plate:\n"
+                    f"    with pyro.plate('{frame.name}', {frame.full_size}, subsample_size={frame.size}):\n"
+                    f"        pyro.sample('{site.name}', dist.Normal(loc_given_globals, scale))"
                 )
         for frame in site.plates:
             if frame.name not in opened:

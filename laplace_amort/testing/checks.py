@@ -1,0 +1,201 @@
+"""The comparisons that :func:`~laplace_amort.testing.check_guide` makes; each returns rows of its report."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from laplace_amort.dual_path import CURVATURE, is_dual_edge
+from laplace_amort.graph import ancestors_of
+from laplace_amort.information import subsample_information
+from laplace_amort.log_joint import LogJoint
+from laplace_amort.testing.finite_differences import derivative
+from laplace_amort.testing.gaussian import GuideGaussian, base_distribution
+from laplace_amort.testing.report import CheckRow
+
+__all__ = ["Subject", "gradients", "log_density", "partial_hessian", "path_leaks"]
+
+_LEAK = "A mean descends from the curvature output. Compute the mode and the mean from dual.mean."
+_HESSIAN = (
+    "Is the Hessian taken with all latents independent (dual_path, then observed_information(log_joint, "
+    "dual.curvature, y_hat)), at the mean of the guide, with Jacobians (LogJoint), sign and scale right?"
+)
+_DENSITY = "Does the guide account once for the Jacobian of each constrained site? LogJoint.sample_sites does."
+_MISSING = "A path is missing: was something detached or computed under no_grad? Compute the mode from dual.mean."
+_NOT_SMOOTH = "Finite differences cannot decide: the function is not smooth here, or not deterministic."
+
+
+@dataclass
+class Subject:
+    """A guide under examination."""
+
+    loss: Callable[[], float]
+    gradient: Callable[[], dict[str, Tensor]]
+    leaves: dict[str, Tensor]
+    gaussian: GuideGaussian
+    repair: Callable[[Tensor], tuple[Tensor, Any]]
+    tolerance: float
+    max_elements: int
+    progress: bool
+    repair_report: Any = None
+
+    def notes(self) -> tuple[str, ...]:
+        """Sentences for the end of the report."""
+        checked = [
+            f"{name}: {self.max_elements} of {leaf.numel()} elements, drawn at random"
+            for name, leaf in self.leaves.items()
+            if leaf.numel() > self.max_elements
+        ]
+        return (*checked, f"repair of the expected precision: {self.repair_report}")
+
+
+def path_leaks(subject: Subject) -> Iterator[CheckRow]:
+    """Follow the graph of every unconditional mean: it must not reach a curvature output.
+
+    A mean that is conditional on another draw holds regression coefficients, which descend from the curvature rightly;
+    there the comparison of the precision decides.
+    """
+    gaussian = subject.gaussian
+    base = gaussian.origin.clone().requires_grad_()
+    trace = gaussian.trace(base)
+    drawn = {edge for edge in ancestors_of(base * 1) if getattr(edge[0], "variable", None) is base}
+    node: Any
+    for name, node in trace.nodes.items():
+        if name not in gaussian.log_q.sites:
+            continue
+        ancestors = ancestors_of(getattr(base_distribution(node["fn"]), "loc", base.detach()))
+        if ancestors & drawn or not any(is_dual_edge(edge) for edge in ancestors):
+            continue
+        leaks = sum(is_dual_edge(edge, CURVATURE) for edge in ancestors)
+        yield CheckRow("path leak", f"mean of '{name}'", leaks, 0, leaks, 0, _LEAK)
+
+
+def partial_hessian(subject: Subject) -> Iterator[CheckRow]:
+    """Compare the precision with finite differences of the gradient of the model's log joint, at the guide's mean."""
+    gaussian, log_joint = subject.gaussian, subject.gaussian.log_joint
+    mean, found = (moment.detach() for moment in gaussian.moments())
+
+    def gradient(direction: Tensor, h: float) -> Tensor:
+        point = (mean + h * direction).requires_grad_()
+        return torch.autograd.grad(log_joint(point), point)[0]
+
+    columns, errors = [], []
+    for i in tqdm(range(len(mean)), "partial Hessian", disable=not subject.progress, leave=False):
+        direction = torch.zeros_like(mean)
+        direction[i] = found[i, i].abs().rsqrt()  # steps in units of the conditional standard deviation
+        along = functools.partial(gradient, direction)
+        column, error = derivative(along, mean.dtype, subject.tolerance / 100)
+        columns.append(column / direction[i])
+        errors.append(error / direction[i])
+    hessian, error = torch.stack(columns), torch.stack(errors)
+    information = subsample_information(-(hessian + hessian.mT) / 2, log_joint.subsample_scale().to(mean))
+    expected, subject.repair_report = subject.repair(information)
+    # Relative to the scale that the two coordinates have, and so independent of their units.
+    size = (expected.diagonal().unsqueeze(-1) * expected.diagonal()).sqrt()
+    relative = (found - expected).abs() / size
+    i, j = divmod(int(relative.argmax()), len(mean))
+    yield CheckRow(
+        "partial Hessian",
+        f"{_element(log_joint, i)}, {_element(log_joint, j)}",
+        float(found[i, j]),
+        float(expected[i, j]),
+        float(relative[i, j]),
+        subject.tolerance,
+        _HESSIAN,
+        _NOT_SMOOTH if (error / size).max() > subject.tolerance else "",
+    )
+
+
+def log_density(subject: Subject) -> Iterator[CheckRow]:
+    """Compare what the sites of the guide sum up to with the pushed-forward density of what it draws."""
+    gaussian = subject.gaussian
+    base_mean, precision = (moment.detach() for moment in gaussian.base_moments())
+    base = base_mean + precision.diagonal().rsqrt() * torch.linspace(-1, 1, len(base_mean)).to(base_mean)
+    log_volume = torch.linalg.slogdet(gaussian.jacobian(base))[1]
+    expected = gaussian.log_q(base) - log_volume - gaussian.log_joint.log_jacobian(gaussian.to_model(base))
+    found: Any = gaussian.trace(base).log_prob_sum()
+    found, expected = found.detach(), expected.detach()
+    error = float((found - expected).abs() / (1 + expected.abs()))
+    yield CheckRow("log density", "all sites", float(found), float(expected), error, subject.tolerance, _DENSITY)
+
+
+def gradients(subject: Subject) -> Iterator[CheckRow]:
+    """Compare derivatives of the loss, the mean and the precision in each parameter with finite differences."""
+    names, project = _projections(subject.gaussian)
+    values = project()
+    loss_gradient = subject.gradient()
+    leaves = list(subject.leaves.values())
+    by_quantity = [torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True) for value in values]
+
+    def quantities() -> Tensor:
+        loss = torch.tensor([subject.loss()], dtype=torch.float64)
+        return torch.cat([loss, project().detach().double().cpu()])
+
+    sizes = quantities().abs()
+
+    def displaced(leaf: Tensor, index: tuple[int, ...], h: float) -> Tensor:
+        original = leaf.data[index].clone()
+        try:
+            leaf.data[index] = original + h
+            return quantities()
+        finally:
+            leaf.data[index] = original
+
+    generator = torch.Generator().manual_seed(0)
+    for k, (name, leaf) in enumerate(subject.leaves.items()):
+        chosen = torch.randperm(leaf.numel(), generator=generator)[: subject.max_elements]
+        rows = [loss_gradient[name], *(torch.zeros_like(leaf) if g[k] is None else g[k] for g in by_quantity)]
+        found = torch.stack([row.reshape(-1)[chosen.to(row.device)].double().cpu() for row in rows])
+        expected, errors = torch.empty_like(found), torch.empty_like(found)
+        for column, element in enumerate(tqdm(chosen.tolist(), name, disable=not subject.progress, leave=False)):
+            index = tuple(int(i) for i in torch.unravel_index(torch.tensor(element), leaf.shape))
+            along = functools.partial(displaced, leaf, index)
+            value, error = derivative(along, leaf.dtype, subject.tolerance / 100)
+            expected[:, column], errors[:, column] = value, error
+        for q, quantity in enumerate(["ELBO gradient", *names]):
+            scale = torch.maximum(expected[q].abs().max(), 1e-3 * sizes[q])
+            relative = (found[q] - expected[q]).abs() / scale
+            worst = int(relative.argmax())
+            index = tuple(int(i) for i in torch.unravel_index(chosen[worst], leaf.shape))
+            yield CheckRow(
+                quantity,
+                f"{name}{list(index) if index else ''}",
+                float(found[q, worst]),
+                float(expected[q, worst]),
+                float(relative[worst]),
+                subject.tolerance,
+                _MISSING,
+                _NOT_SMOOTH if (errors[q] / scale).max() > subject.tolerance else "",
+            )
+
+
+def _projections(gaussian: GuideGaussian) -> tuple[list[str], Callable[[], Tensor]]:
+    """Random one-dimensional views of the mean and of the precision, one per site of the model."""
+    sites = gaussian.log_joint.sites
+    generator = torch.Generator().manual_seed(1)
+    views = torch.zeros(len(sites), gaussian.log_joint.size)
+    for view, site in zip(views, sites.values(), strict=True):
+        view[site.slice] = torch.randn(site.shape.numel(), generator=generator, dtype=views.dtype)
+    other = torch.randn(gaussian.log_joint.size, generator=generator, dtype=views.dtype)
+
+    def project() -> Tensor:
+        mean, precision = gaussian.moments()
+        left, right = views.to(mean), other.to(mean)
+        return torch.cat([left @ mean, left @ precision @ right])
+
+    return [f"{what} of '{name}'" for what in ("mean", "precision") for name in sites], project
+
+
+def _element(log_joint: LogJoint, position: int) -> str:
+    """Name of the site and index of the element at a position in the packed vector."""
+    for name, site in log_joint.sites.items():
+        if position < site.slice.stop:
+            index = torch.unravel_index(torch.tensor(position - site.start), site.shape) if site.shape else ()
+            return f"{name}{[int(i) for i in index] if site.shape else ''}"
+    raise IndexError(position)

@@ -1,0 +1,58 @@
+"""The README says what runs, and what it says runs."""
+
+import re
+import textwrap
+from pathlib import Path
+
+import pyro
+import pytest
+import torch
+
+README = Path(__file__).parents[1] / "README.rst"
+
+
+def code_blocks(language):
+    """Bodies of the ``code-block`` directives of one language, in order."""
+    pattern = rf"^\.\. code-block:: {language}\n\n((?:   .*\n|\n)+)"
+    return [textwrap.dedent(body) for body in re.findall(pattern, README.read_text(encoding="utf-8"), re.MULTILINE)]
+
+
+@pytest.mark.parametrize("dtype", ["torch.float64", "torch.float32"])
+def test_the_answer_runs_as_shown(dtype, capsys):
+    """As shown, and in float32; the guide fits, and passes the check that the README prints."""
+    scope = {}
+    for block in code_blocks("python"):
+        block = block.replace("torch.float64", dtype)
+        exec(compile(block, str(README), "exec"), scope)
+    printed = capsys.readouterr().out
+    assert re.search(r"(\d+) of \1 checks passed", printed)
+    # After the fit: theta has moved, and the loss is below that of the start.
+    fitted = pyro.param("theta").detach().clone()
+    assert fitted.abs().min() > 0.05
+    z, se = scope["z"], scope["se"]
+    after = sum(scope["svi"].evaluate_loss(z, se) for _ in range(20))
+    with torch.no_grad():
+        pyro.param("theta").unconstrained().zero_()
+    assert after < sum(scope["svi"].evaluate_loss(z, se) for _ in range(20))
+
+
+def test_the_answer_is_short():
+    """Guide, mode and imports: what a reader has to take in, without the model that was there before."""
+    answer, _ = code_blocks("python")
+    model = answer[answer.index("def model") : answer.index("def mode(")]
+    lines = [line for line in answer.replace(model, "").splitlines() if line.strip()]
+    assert len(lines) <= 20
+
+
+def test_the_two_commands_are_there_once():
+    """One installs and runs the main job, one installs and runs the tests; CI reads the second from here."""
+    demo, tests = (block.strip() for block in code_blocks("sh"))
+    assert demo.endswith("&& laplace-amort demo")
+    assert tests.endswith("&& pytest")
+    ci = (README.parent / ".ci" / "run").read_text(encoding="utf-8")
+    assert "&& pytest$' README.rst" in ci
+
+
+def test_files_that_it_links_to_exist():
+    for path in re.findall(r"<([\w./]+\.rst)>`_", README.read_text(encoding="utf-8")):
+        assert (README.parent / path).is_file(), path
