@@ -7,57 +7,34 @@ below it know tensors only.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.infer.autoguide.initialization import InitMessenger, init_to_feasible, init_to_median
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.runtime import am_i_wrapped
+from pyro.poutine.runtime import _DIM_ALLOCATOR, am_i_wrapped
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import biject_to, constraints
 from torch.distributions.transforms import Transform
 
 from laplace_amort.errors import ModelError
+from laplace_amort.sites import (
+    IDENTITY,
+    LatentSite,
+    find_sites,
+    init_to_zero,
+    log_abs_det,
+    plates_of,
+    subsample_scale_of,
+    transform_of,
+)
 
 __all__ = ["LatentSite", "LogJoint"]
-
-
-@dataclass(frozen=True)
-class LatentSite:
-    """One latent sample site of a model, and its place in the packed vector.
-
-    :param str name: name of the site.
-    :param torch.Size shape: of the unconstrained value, dimensions of plates included.
-    :param int event_dim: rightmost dimensions of ``shape`` that belong to one draw.
-    :param int start: offset of the first element in the packed vector.
-    :param tuple plates: the frames of the vectorized plates around the site, outermost last.
-    :param transform: from unconstrained to constrained; ``None`` where the support depends on other latents.
-    :param int constrained_event_dim: rightmost dimensions of the constrained value that belong to one draw.
-    """
-
-    name: str
-    shape: torch.Size
-    event_dim: int
-    start: int
-    plates: tuple[Any, ...]
-    transform: Transform | None
-    constrained_event_dim: int
-
-    @property
-    def slice(self) -> slice:
-        """Where the site lies in the packed vector."""
-        return slice(self.start, self.start + self.shape.numel())
-
-    @property
-    def subsample_scale(self) -> float:
-        """Product of ``N / B`` over the subsampled plates around the site."""
-        return _subsample_scale(self.plates)
 
 
 class LogJoint:
@@ -68,7 +45,8 @@ class LogJoint:
     subsampled plate, the log-Jacobian is scaled with the plate as the density is; a mask or a ``poutine.scale`` leaves
     it alone, because it changes the density and not the coordinates. Pyro's own automatic guides agree.
 
-    Do not use it for a model with discrete latents: sum them out first.
+    Do not use it for a model with discrete latents: sum them out first. Nor where ``obs_mask`` makes latents of
+    observations: those that were observed have no density in ``name_unobserved``, and so no curvature.
 
     :param model: a Pyro model, with continuous latents only and the same latent sites in every run.
     :param args: positional arguments of the model.
@@ -102,9 +80,11 @@ class LogJoint:
         self.args = args
         self.kwargs = kwargs
         self.indices: dict[str, Tensor] = {}
-        # Any feasible point shows the sites; a draw from a vague prior might overflow the likelihood.
-        trace = self._run(InitMessenger(init_to_feasible), setup=True)
-        self.sites = _find_sites(trace)
+        # Any feasible point shows the sites; a draw from a vague prior might overflow the likelihood. What it draws on
+        # the way must not change the draws of a guide that makes its LogJoint in every call.
+        with torch.random.fork_rng(devices=[]):
+            trace = self._run(InitMessenger(init_to_zero), setup=True)
+        self.sites = find_sites(trace)
         self.size = sum(site.shape.numel() for site in self.sites.values())
 
     def __repr__(self) -> str:
@@ -112,7 +92,7 @@ class LogJoint:
         return f"LogJoint of {self.size} unconstrained elements: {sites}"
 
     def given(self, *args: Any, **kwargs: Any) -> LogJoint:
-        """Return the same log joint for other arguments of the model, without looking for its sites again."""
+        """Return the same log joint for other arguments of the same sizes, without looking for its sites again."""
         other = copy.copy(self)
         other.args, other.kwargs = args, kwargs
         return other
@@ -129,8 +109,13 @@ class LogJoint:
 
     def __call__(self, *values: Any) -> Tensor:
         """Evaluate the log joint density; see the class for ``values``. Returns a scalar."""
-        by_name = len(values) == 1 and isinstance(values[0], Mapping)
-        packed = self.pack(values[0]) if by_name else torch.cat([value.reshape(-1) for value in values])
+        if len(values) == 1 and isinstance(values[0], Mapping):
+            packed = self.pack(values[0])
+        elif values and all(isinstance(value, Tensor) for value in values):
+            packed = torch.cat([value.reshape(-1) for value in values])
+        else:
+            kinds = [type(value).__name__ for value in values]
+            raise TypeError(f"a LogJoint takes one mapping from site name to tensor, or tensors; got {kinds}")
         feed = _Feed(self.unpack(packed))
         trace = self._run(feed)
         if set(feed.log_jacobians) != set(self.sites):
@@ -138,15 +123,12 @@ class LogJoint:
             raise ModelError(f"the latent sites of the model changed between runs: {changed}; they must be fixed")
         total: Any = trace.log_prob_sum()
         for name, log_jacobian in feed.log_jacobians.items():
-            total = total + _subsample_scale(_plates(trace.nodes[name])) * log_jacobian.sum()
+            total = total + subsample_scale_of(plates_of(trace.nodes[name])) * log_jacobian.sum()
         return total
 
     def pack(self, values: Mapping[str, Tensor]) -> Tensor:
         """Concatenate unconstrained values of all sites into a vector ``(D,)``, in the order of the sites."""
-        missing = [name for name in self.sites if name not in values]
-        unknown = [name for name in values if name not in self.sites]
-        if missing or unknown:
-            raise ModelError(f"expected a value for each of {list(self.sites)}; missing {missing}, unknown {unknown}")
+        self._check_names(values)
         for name, site in self.sites.items():
             if values[name].shape != site.shape:
                 raise ModelError(
@@ -167,8 +149,16 @@ class LogJoint:
                 f"{tuple(packed.shape)}"
             )
         values = {}
+        leading = packed.shape[:-1]
         for name, site in self.sites.items():
-            shape = torch.broadcast_shapes(site.shape, packed.shape[:-1] + (1,) * site.event_dim)
+            plates = len(site.shape) - site.event_dim
+            if any(size != 1 for size in leading[max(len(leading) - plates, 0) :]):
+                raise ModelError(
+                    f"leading shape {tuple(leading)} of the packed values overlaps the batch shape "
+                    f"{tuple(site.shape[:plates])} of site '{name}'. Make room for it:\n"
+                    f"    packed.reshape({tuple(leading)} + (1,) * {plates} + (-1,))"
+                )
+            shape = torch.broadcast_shapes(site.shape, leading + (1,) * site.event_dim)
             values[name] = packed[..., site.slice].reshape(shape)
         return values
 
@@ -179,13 +169,26 @@ class LogJoint:
 
     def unconstrain(self, values: Mapping[str, Tensor]) -> Tensor:
         """Return the packed vector ``(D,)`` of unconstrained values, for constrained values of every site."""
-        trace = self._run(poutine.condition(data=dict(values)))
-        return self.pack({name: _transform(trace.nodes[name]).inv(values[name]) for name in self.sites})
+        self._check_names(values)
+        trace: Any = self._run(poutine.condition(data=dict(values)))
+        unconstrained = {name: transform_of(trace.nodes[name]).inv(values[name]) for name in self.sites}
+        for name, value in unconstrained.items():
+            if not value.isfinite().all():
+                support = trace.nodes[name]["fn"].support
+                raise ModelError(f"the value of site '{name}' lies outside its support {support}, or on its boundary")
+        return self.pack(unconstrained)
 
     def initial(self, init_loc_fn: Callable[..., Any] = init_to_median) -> Tensor:
         """Return a packed start ``(D,)``, by one of Pyro's ``init_to_*`` strategies (the prior median by default)."""
-        trace = self._run(InitMessenger(init_loc_fn))
-        return self.pack({n: _transform(trace.nodes[n]).inv(trace.nodes[n]["value"]) for n in self.sites}).detach()
+
+        def init(site: Any) -> Tensor:
+            try:
+                return init_loc_fn(site)
+            except NotImplementedError:  # nothing to sample from: an improper prior
+                return init_to_zero(site)
+
+        trace = self._run(InitMessenger(init))
+        return self.pack({n: transform_of(trace.nodes[n]).inv(trace.nodes[n]["value"]) for n in self.sites}).detach()
 
     def log_jacobian(self, packed: Tensor) -> Tensor:
         r"""Return :math:`\log|\partial x/\partial u|` at a packed ``(D,)``, a scalar; without subsampling factors."""
@@ -221,18 +224,25 @@ class LogJoint:
         opened = {plate.name: plate for plate in plates}
         unconstrained = self.unpack(packed)
         transforms = self._transforms(unconstrained)
+        weights = self._weights(unconstrained)
         values = {}
         for name, site in self.sites.items():
             value = transforms[name](unconstrained[name])
             with _Plates(site, opened):
-                pyro.sample(name, dist.Delta(value, event_dim=site.constrained_event_dim))
-                if transforms[name] is not _IDENTITY and am_i_wrapped():  # bare calls have no density to keep
-                    log_jacobian = _log_jacobian(
-                        transforms[name], unconstrained[name], value, site.constrained_event_dim
-                    )
+                # Weights are nothing to a Delta, but TraceMeanField_ELBO scales and masks the model's density by them.
+                with weights[name]:
+                    pyro.sample(name, dist.Delta(value, event_dim=site.constrained_event_dim))
+                if transforms[name] is not IDENTITY and am_i_wrapped():  # bare calls have no density to keep
+                    log_jacobian = log_abs_det(transforms[name], unconstrained[name], value, site.constrained_event_dim)
                     pyro.factor(f"{name}_log_jacobian", -log_jacobian, has_rsample=True)
             values[name] = value
         return values
+
+    def _check_names(self, values: Mapping[str, Tensor]) -> None:
+        missing = [name for name in self.sites if name not in values]
+        unknown = [name for name in values if name not in self.sites]
+        if missing or unknown:
+            raise ModelError(f"expected a value for each of {list(self.sites)}; missing {missing}, unknown {unknown}")
 
     def _transforms(self, unconstrained: Mapping[str, Tensor]) -> dict[str, Transform]:
         known = {name: site.transform for name, site in self.sites.items() if site.transform is not None}
@@ -243,10 +253,23 @@ class LogJoint:
         self._run(feed)
         return {name: known.get(name, feed.transforms[name]) for name in self.sites}
 
+    def _weights(self, unconstrained: Mapping[str, Tensor]) -> dict[str, AbstractContextManager[Any]]:
+        """The ``poutine.scale`` and ``poutine.mask`` that the model has around each site, to enter once."""
+        if not any(site.weighted for site in self.sites.values()):
+            return {name: nullcontext() for name in self.sites}
+        nodes: Any = self._run(_Feed(unconstrained)).nodes
+        return {name: _weight(nodes[name]["scale"], nodes[name]["mask"]) for name in self.sites}
+
     def _run(self, handler: Messenger, setup: bool = False) -> poutine.Trace:
         """Trace one run of the model under ``handler``, hidden from every handler outside."""
-        with poutine.block(), _Indices(self.indices, strict=not setup), handler:
+        with _no_open_plates(), poutine.block(), _Indices(self.indices, strict=not setup), handler:
             return poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
+
+
+@contextmanager
+def _weight(scale: Any, mask: Any) -> Iterator[None]:
+    with poutine.scale(scale=scale), poutine.mask(mask=True if mask is None else mask):
+        yield
 
 
 class _Feed(Messenger):
@@ -264,7 +287,7 @@ class _Feed(Messenger):
         name = msg["name"]
         if name not in self.unconstrained:
             raise ModelError(f"the model sampled site '{name}', which it had not at set-up; its sites must be fixed")
-        transform, value = _transform(msg), self.unconstrained[name]
+        transform, value = transform_of(msg), self.unconstrained[name]
         constrained = transform(value)
         if constrained.shape[constrained.dim() - len(msg["fn"].shape()) :] != msg["fn"].shape():
             raise ModelError(
@@ -273,7 +296,7 @@ class _Feed(Messenger):
             )
         msg["value"] = constrained
         self.transforms[name] = transform
-        self.log_jacobians[name] = _log_jacobian(transform, value, constrained, msg["fn"].event_dim)
+        self.log_jacobians[name] = log_abs_det(transform, value, constrained, msg["fn"].event_dim)
 
 
 class _Indices(Messenger):
@@ -316,99 +339,23 @@ class _Plates:
             if frame.name not in opened:
                 opened[frame.name] = pyro.plate(frame.name, frame.full_size, dim=frame.dim)
         self.plates = [opened[frame.name] for frame in site.plates]
+        self.stack = ExitStack()
 
     def __enter__(self) -> None:
-        for plate in self.plates:
-            plate.__enter__()
+        with ExitStack() as stack:  # close those already open if a later one fails
+            for plate in self.plates:
+                stack.enter_context(plate)
+            self.stack = stack.pop_all()
 
     def __exit__(self, *exc: Any) -> None:
-        for plate in reversed(self.plates):
-            plate.__exit__(*exc)
+        self.stack.__exit__(*exc)
 
 
-_IDENTITY = biject_to(constraints.real)
-
-
-def _find_sites(trace: poutine.Trace) -> dict[str, LatentSite]:
-    sites: dict[str, LatentSite] = {}
-    start = 0
-    node: Any
-    for name, node in trace.nodes.items():
-        if node["type"] != "sample" or node["is_observed"] or site_is_subsample(node):
-            continue
-        _refuse_unless_continuous(node)
-        transform = _transform(node)
-        constrained = node["fn"].shape()
-        shape = torch.Size(transform.inverse_shape(constrained))
-        sites[name] = LatentSite(
-            name=name,
-            shape=shape,
-            event_dim=node["fn"].event_dim + len(shape) - len(constrained),
-            start=start,
-            plates=_plates(node),
-            transform=transform if _is_fixed(node["fn"].support) else None,
-            constrained_event_dim=node["fn"].event_dim,
-        )
-        start += shape.numel()
-    if not sites:
-        raise ModelError("the model has no latent sample site: every one is observed, so there is nothing to infer")
-    return sites
-
-
-def _refuse_unless_continuous(node: Any) -> None:
-    if node["fn"].has_enumerate_support or node["fn"].support.is_discrete:
-        raise ModelError(
-            f"latent site '{node['name']}' is discrete ({type(node['fn']).__name__}), and a Hessian needs continuous "
-            "latents. Sum it out of the model, for instance with dist.MixtureSameFamily, or observe it:\n"
-            f"    pyro.sample('{node['name']}', ..., obs=value)"
-        )
-    for frame in node["cond_indep_stack"]:
-        if not frame.vectorized and frame.full_size is not None and frame.size != frame.full_size:
-            raise ModelError(
-                f"latent site '{node['name']}' lies in the sequential, subsampled plate '{frame.name}'; vectorize it:\n"
-                f"    with pyro.plate('{frame.name}', {frame.full_size}, subsample_size={frame.size}) as indices: ..."
-            )
-
-
-def _transform(node: Any) -> Transform:
-    """The bijection from unconstrained space onto the support of a site; the identity is always the same object."""
-    support = node["fn"].support
-    base = support
-    while isinstance(base, constraints.independent):
-        base = base.base_constraint
-    if base is constraints.real:
-        return _IDENTITY
+@contextmanager
+def _no_open_plates() -> Iterator[None]:
+    """Let plates inside number their dimensions, and use their names, as if none were open outside."""
+    outside, _DIM_ALLOCATOR._stack = _DIM_ALLOCATOR._stack, []
     try:
-        return biject_to(support)
-    except NotImplementedError as error:
-        raise ModelError(
-            f"the support {support} of latent site '{node['name']}' ({type(node['fn']).__name__}) has no bijection "
-            "from unconstrained space. Write the site in other coordinates, for instance with pyro.infer.reparam."
-        ) from error
-
-
-def _is_fixed(support: Any) -> bool:
-    """Whether a support holds no tensors, so that it cannot depend on other latents."""
-    attributes = vars(support).values()
-    if any(isinstance(value, Tensor) for value in attributes):
-        return False
-    nested = [value for value in attributes if isinstance(value, constraints.Constraint)]
-    return all(_is_fixed(value) for value in nested)
-
-
-def _log_jacobian(transform: Transform, value: Tensor, constrained: Tensor, event_dim: int) -> Tensor:
-    """log |dx/du| per batch element: shape of the constrained value less its event dimensions."""
-    log_jacobian = transform.log_abs_det_jacobian(value, constrained)
-    surplus = log_jacobian.dim() - (constrained.dim() - event_dim)
-    return log_jacobian.sum(tuple(range(-surplus, 0))) if surplus else log_jacobian
-
-
-def _plates(node: Any) -> tuple[Any, ...]:
-    return tuple(frame for frame in node["cond_indep_stack"] if frame.vectorized)
-
-
-def _subsample_scale(plates: Iterable[Any]) -> float:
-    scale = 1.0
-    for frame in plates:
-        scale *= frame.full_size / frame.size
-    return scale
+        yield
+    finally:
+        _DIM_ALLOCATOR._stack = outside

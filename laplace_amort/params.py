@@ -47,5 +47,16 @@ def dual_path_param(
         >>> pyro.param("theta").grad
         tensor([3., 3.])
     """
-    value = pyro.param(name, init, constraint=constraint, event_dim=event_dim)
+    checked = None if init is None else lambda: _checked_init(name, init() if callable(init) else init)
+    value = pyro.param(name, checked, constraint=constraint, event_dim=event_dim)
     return dual_path(value, mean_gain=mean_gain, curvature_gain=curvature_gain)
+
+
+def _checked_init(name: str, init: Tensor) -> Tensor:
+    """Refuse what carries no gradient by its name, before the store has half an entry for it."""
+    if not (init.is_floating_point() or init.is_complex()):
+        raise TypeError(
+            f"the initial value of parameter '{name}' has dtype {init.dtype}, which carries no gradient:\n"
+            f"    dual_path_param('{name}', init.to(torch.get_default_dtype()))"
+        )
+    return init

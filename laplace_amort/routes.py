@@ -144,7 +144,9 @@ class ExtraLoss(HiddenDependence):
 
 def _leaf_of(value: Tensor) -> Tensor:
     """The unconstrained leaf behind the value of a ``pyro.param``."""
-    leaf = value.unconstrained() if hasattr(value, "unconstrained") else value
+    leaf = getattr(value, "_pyro_unconstrained_param", None)  # where a plate took a subsample of the parameter
+    if leaf is None:
+        leaf = value.unconstrained() if hasattr(value, "unconstrained") else value
     if not (leaf.is_leaf and leaf.requires_grad):
         raise PathError(
             "hide() needs the value of a parameter, with gradients enabled, not something computed from it. Hide "

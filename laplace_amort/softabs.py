@@ -135,8 +135,9 @@ class _SecondDerivative(_Derivative):
             scaled[..., :, None, None], scaled[..., None, :, None], scaled[..., None, None, :]
         )
         left, right = _rotate(first, eigenvectors), _rotate(second, eigenvectors)
-        terms = "...ikj,...ik,...kj->...ij"
-        total = torch.einsum(terms, differences, left, right) + torch.einsum(terms, differences, right, left)
+        # Indices i, k, j; written out because batched reverse passes have no rule for einsum.
+        products = left.unsqueeze(-1) * right.unsqueeze(-3) + right.unsqueeze(-1) * left.unsqueeze(-3)
+        total = (differences * products).sum(-2)
         return _rotate_back(total / floor, eigenvectors)
 
     @staticmethod

@@ -28,7 +28,7 @@ def test_the_answer_runs_as_shown(dtype, capsys):
     assert re.search(r"(\d+) of \1 checks passed", printed)
     # After the fit: theta has moved, and the loss is below that of the start.
     fitted = pyro.param("theta").detach().clone()
-    assert fitted.abs().min() > 0.05
+    assert fitted.abs().max() > 0.3
     z, se = scope["z"], scope["se"]
     after = sum(scope["svi"].evaluate_loss(z, se) for _ in range(20))
     with torch.no_grad():

@@ -229,6 +229,21 @@ def test_routes_pull_back_through_a_constraint(route):
 
 
 @pytest.mark.parametrize("route", [ExplicitGradient, ExtraLoss])
+def test_routes_pull_back_through_a_subsampled_parameter(route):
+    """Pyro hands on the rows of the minibatch; their gradient arrives in the rows of the whole parameter."""
+    path = route(Trace_ELBO())
+    index = torch.tensor([2, 0])
+
+    def guide():
+        with pyro.plate("units", 3, subsample=index):
+            rows = pyro.param("rows", torch.tensor([1.0, 2.0, 3.0]), event_dim=0)
+            pyro.factor("minus_loss", path.hide(rows) ** 2, has_rsample=True)
+
+    path.loss_and_grads(lambda: pyro.plate("units", 3, subsample=index), guide)
+    assert torch.allclose(pyro.param("rows").grad, 1.5 * torch.tensor([2.0, 0.0, 6.0]))
+
+
+@pytest.mark.parametrize("route", [ExplicitGradient, ExtraLoss])
 def test_a_hidden_value_that_nothing_uses_adds_nothing(route):
     """Its leaf has no gradient; the parameter gets the one it has from elsewhere, or none."""
     path = route(Trace_ELBO())

@@ -1,0 +1,170 @@
+"""The latent sites of a Pyro model: where each lies in the packed vector, and how it is unconstrained.
+
+Reads the nodes of traces that :mod:`laplace_amort.log_joint` makes; traces nothing itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.distributions import biject_to, constraints
+from torch.distributions.transforms import Transform
+
+from laplace_amort.errors import ModelError
+
+__all__ = [
+    "IDENTITY",
+    "LatentSite",
+    "find_sites",
+    "init_to_zero",
+    "log_abs_det",
+    "plates_of",
+    "subsample_scale_of",
+    "transform_of",
+]
+
+IDENTITY = biject_to(constraints.real)
+
+
+@dataclass(frozen=True)
+class LatentSite:
+    """One latent sample site of a model, and its place in the packed vector.
+
+    :param str name: name of the site.
+    :param torch.Size shape: of the unconstrained value, dimensions of plates included.
+    :param int event_dim: rightmost dimensions of ``shape`` that belong to one draw.
+    :param int start: offset of the first element in the packed vector.
+    :param tuple plates: the frames of the vectorized plates around the site, outermost first.
+    :param transform: from unconstrained to constrained; ``None`` where the support depends on other latents.
+    :param int constrained_event_dim: rightmost dimensions of the constrained value that belong to one draw.
+    :param bool weighted: whether the model has a ``poutine.scale`` or ``poutine.mask`` around the site.
+    """
+
+    name: str
+    shape: torch.Size
+    event_dim: int
+    start: int
+    plates: tuple[Any, ...]
+    transform: Transform | None
+    constrained_event_dim: int
+    weighted: bool
+
+    @property
+    def slice(self) -> slice:
+        """Where the site lies in the packed vector."""
+        return slice(self.start, self.start + self.shape.numel())
+
+    @property
+    def subsample_scale(self) -> float:
+        """Product of ``N / B`` over the subsampled plates around the site."""
+        return subsample_scale_of(self.plates)
+
+
+def init_to_zero(site: Any) -> Tensor:
+    """The image of zero, which is feasible; also where Pyro's own strategies give up."""
+    _refuse_unless_continuous(site)
+    transform = transform_of(site)
+    try:
+        like = site["fn"].sample()
+    except NotImplementedError:
+        like = torch.zeros(())
+    return transform(like.new_zeros(transform.inverse_shape(site["fn"].shape())))
+
+
+def find_sites(trace: Any) -> dict[str, LatentSite]:
+    """Return the latent sites of a trace, in the order of the model.
+
+    :raises ModelError: if there is none, or one cannot be handled.
+    """
+    sites: dict[str, LatentSite] = {}
+    start = 0
+    for name, node in trace.nodes.items():
+        if node["type"] != "sample" or node["is_observed"] or site_is_subsample(node):
+            continue
+        transform = transform_of(node)
+        constrained = node["fn"].shape()
+        shape = torch.Size(transform.inverse_shape(constrained))
+        sites[name] = LatentSite(
+            name=name,
+            shape=shape,
+            event_dim=node["fn"].event_dim + len(shape) - len(constrained),
+            start=start,
+            plates=plates_of(node),
+            transform=transform if _is_fixed(node["fn"].support) else None,
+            constrained_event_dim=node["fn"].event_dim,
+            weighted=isinstance(node["scale"], Tensor)
+            or node["scale"] != subsample_scale_of(plates_of(node))
+            or node["mask"] is not None,
+        )
+        start += shape.numel()
+    if not sites:
+        raise ModelError("the model has no latent sample site: every one is observed, so there is nothing to infer")
+    return sites
+
+
+def _refuse_unless_continuous(node: Any) -> None:
+    if node["fn"].has_enumerate_support or node["fn"].support.is_discrete:
+        raise ModelError(
+            f"latent site '{node['name']}' is discrete ({type(node['fn']).__name__}), and a Hessian needs continuous "
+            "latents. Sum it out of the model, for instance with dist.MixtureSameFamily, or observe it:\n"
+            f"    pyro.sample('{node['name']}', ..., obs=value)"
+        )
+    for frame in node["cond_indep_stack"]:
+        if not frame.vectorized and frame.full_size is not None and frame.size != frame.full_size:
+            raise ModelError(
+                f"latent site '{node['name']}' lies in the sequential, subsampled plate '{frame.name}'; vectorize it:\n"
+                f"    with pyro.plate('{frame.name}', {frame.full_size}, subsample_size={frame.size}) as indices: ..."
+            )
+
+
+def transform_of(node: Any) -> Transform:
+    """The bijection from unconstrained space onto the support of a site; the identity is always the same object."""
+    support = node["fn"].support
+    if type(support).__name__ == "MixtureSameFamilyConstraint":
+        support = support.base_constraint  # biject_to does not know the wrapper
+    base = support
+    while isinstance(base, constraints.independent):
+        base = base.base_constraint
+    if base is constraints.real:
+        return IDENTITY
+    try:
+        return biject_to(support)
+    except NotImplementedError as error:
+        raise ModelError(
+            f"the support {support} of latent site '{node['name']}' ({type(node['fn']).__name__}) has no bijection "
+            "from unconstrained space. Write the site in other coordinates, for instance with pyro.infer.reparam."
+        ) from error
+
+
+def _is_fixed(support: Any) -> bool:
+    """Whether a support holds no tensors, so that it cannot depend on other latents."""
+    parts = list(vars(support).values())
+    parts += [item for part in parts if isinstance(part, list | tuple) for item in part]  # of constraints.cat, stack
+    if any(isinstance(part, Tensor) for part in parts):
+        return False
+    return all(_is_fixed(part) for part in parts if isinstance(part, constraints.Constraint))
+
+
+def log_abs_det(transform: Transform, value: Tensor, constrained: Tensor, event_dim: int) -> Tensor:
+    """log |dx/du| per batch element: shape of the constrained value less its event dimensions."""
+    log_jacobian = transform.log_abs_det_jacobian(value, constrained)
+    surplus = log_jacobian.dim() - (constrained.dim() - event_dim)
+    return log_jacobian.sum(tuple(range(-surplus, 0))) if surplus else log_jacobian
+
+
+def plates_of(node: Any) -> tuple[Any, ...]:
+    """The frames of the vectorized plates around a site."""
+    return tuple(frame for frame in node["cond_indep_stack"] if frame.vectorized)
+
+
+def subsample_scale_of(plates: Iterable[Any]) -> float:
+    """Product of ``N / B`` over these plates."""
+    scale = 1.0
+    for frame in plates:
+        scale *= frame.full_size / frame.size
+    return scale
