@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from laplace_amort.errors import PathError, PathLeakError, PathMissingWarning
-from laplace_amort.graph import Edge, ancestors_of
+from laplace_amort.graph import Edge, ancestors_of, edges_above
 
 __all__ = ["DualPath", "DualPathParam", "check_paths", "dual_path"]
 
@@ -63,14 +63,17 @@ class DualPathParam(Function):
     @classmethod
     def apply(cls, *args: Any, **kwargs: Any) -> Any:
         """Apply the node to ``value`` and, optionally, the two gains; returns ``(mean, curvature)``."""
-        # Dynamo refuses a Function that has a `jvp`, and forward-mode needs one; so there are two, of one graph.
-        if torch.compiler.is_compiling():
-            return super().apply(*args, **kwargs)
+        # Forward mode needs a Function with a `jvp`, and Dynamo refuses one; so there are two, of one graph. Dynamo
+        # does not come here: it takes `forward` and `backward` of the class that it finds `apply` on, which has none.
         return super(DualPathParam, _ForwardModeDualPathParam).apply(*args, **kwargs)
 
     @staticmethod
     def forward(value: Tensor, mean_gain: float = 1.0, curvature_gain: float = 1.0) -> tuple[Tensor, Tensor]:
         """Copy ``value`` twice."""
+        if isinstance(mean_gain, Tensor):
+            # Dynamo calls forward(ctx, value) where nothing requires a gradient and the gains are left to their
+            # defaults: it tells the two styles of Function apart by the number of arguments alone.
+            value = mean_gain
         if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
             raise TypeError(_not_differentiable(value, "value"))
         return value.clone(), value.clone()
@@ -168,7 +171,7 @@ def check_paths(dual: DualPath, mode: Any, log_prob: Tensor | None = None) -> No
     r"""Follow the autograd graph and refuse a :math:`\hat y` that was computed from the wrong copy.
 
     Call it once in a hand-written guide, after :math:`\hat y` is known; it reads the graph and computes nothing. It
-    sees the graph of eager autograd only: code inside ``torch.compile`` or ``torch.func`` is opaque to it. Where
+    sees the graph of eager autograd only: code inside ``torch.compile`` or ``torch.func.vmap`` is opaque to it. Where
     gradients are disabled, as in ``SVI.evaluate_loss`` and ``Predictive``, there is nothing to check and it returns.
 
     :param DualPath dual: what :func:`dual_path` returned.
@@ -227,7 +230,11 @@ def check_paths(dual: DualPath, mode: Any, log_prob: Tensor | None = None) -> No
 def _check_no_third_route(copies: set[Edge], log_prob: Tensor) -> None:
     # What feeds the dual node is the raw parameter; reaching it other than through a copy is a third route.
     sources = {edge for node, _ in copies for edge in node.next_functions if edge[0] is not None}
-    if ancestors_of(log_prob, stop=copies.__contains__) & sources:
+    past_copies = ancestors_of(log_prob, stop=copies.__contains__)
+    # So is reaching what the raw parameter was computed from: a constrained parameter that is read twice has only its
+    # leaf in common. Other dual paths, say of another slice of the same leaf, are let through.
+    past_every_path = ancestors_of(log_prob, stop=lambda edge: edge in copies or is_dual_edge(edge))
+    if past_copies & sources or past_every_path & edges_above(sources, stop=is_dual_edge):
         raise PathLeakError(
             "log_prob depends on the raw parameter past both outputs of dual_path, so the Hessian would miss that\n"
             "dependence. Pass the parameter in as an argument, and call it with the curvature output:\n"

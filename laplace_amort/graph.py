@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor
 
-__all__ = ["Edge", "ancestors_of"]
+__all__ = ["Edge", "ancestors_of", "edges_above"]
 
 Edge = tuple[Any, int]  # (autograd node, number of the output that the edge leaves by)
 
@@ -26,8 +26,13 @@ def ancestors_of(tensor: Tensor, stop: Callable[[Edge], bool] = lambda edge: Fal
         >>> sorted(node.name() for node, _ in ancestors_of((x * 2).exp()))
         ['ExpBackward0', 'MulBackward0', 'torch::autograd::AccumulateGrad']
     """
+    return edges_above([] if tensor.grad_fn is None else [(tensor.grad_fn, tensor.output_nr)], stop)
+
+
+def edges_above(edges: Iterable[Edge], stop: Callable[[Edge], bool] = lambda edge: False) -> set[Edge]:
+    """Return the given edges and every edge above them; edges where ``stop`` holds are included but not passed."""
     seen: set[Edge] = set()
-    stack: list[Edge] = [] if tensor.grad_fn is None else [(tensor.grad_fn, tensor.output_nr)]
+    stack = list(edges)
     while stack:
         edge = stack.pop()
         if edge in seen:

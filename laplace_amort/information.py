@@ -140,7 +140,7 @@ def _gradients(result: Tensor, values: Sequence[Tensor], names: Sequence[str]) -
 def _hessian(gradients: Sequence[Tensor], values: Sequence[Tensor], names: Sequence[str]) -> Tensor:
     flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
     size = flat.numel()
-    if not flat.requires_grad:  # log_joint is linear in everything
+    if not (flat.requires_grad and size):  # log_joint is linear in everything, or there is nothing
         return flat.new_zeros(size, size)
     basis = torch.eye(size, dtype=flat.dtype, device=flat.device)
     rows = _differentiate(flat, values, names, "second", basis)

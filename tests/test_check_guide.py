@@ -44,9 +44,7 @@ def single_path_information(log_joint, theta, z):
     """Planted mistake: one copy of theta, so the Hessian in theta goes through the mode as well."""
     y = mode(theta, z)
     gradient = torch.cat(torch.autograd.grad(log_joint(theta, y), (theta, y), create_graph=True))
-    rows = [
-        torch.cat(torch.autograd.grad(g, (theta, y), create_graph=True, materialize_grads=True)) for g in gradient
-    ]
+    rows = [torch.cat(torch.autograd.grad(g, (theta, y), create_graph=True, materialize_grads=True)) for g in gradient]
     hessian = torch.stack(rows)
     return -(hessian + hessian.mT) / 2
 
@@ -117,7 +115,9 @@ def test_each_planted_mistake_fails_its_rows_and_no_other(bug):
     assert {row.check for row in report.rows if not row.ok} == PLANTED[bug]
     for row in report.rows:
         if not row.ok:  # the message has the place, both values and what to do
-            assert f"{row.check} at {row.where}: found {row.found:.9g}, expected {row.expected:.9g}" in str(caught.value)
+            assert f"{row.check} at {row.where}: found {row.found:.9g}, expected {row.expected:.9g}" in str(
+                caught.value
+            )
             assert row.hint in str(caught.value)
     assert "FAILED" in str(report)
 
