@@ -104,8 +104,8 @@ class _ForwardModeDualPathParam(DualPathParam):
     @staticmethod
     def jvp(ctx: Any, *grad_inputs: Any) -> tuple[Tensor, Tensor]:
         tangent = grad_inputs[0]
-        mean_gain, curvature_gain = ctx.gains
-        return tangent * mean_gain, tangent * curvature_gain
+        mean, curvature = (tangent * gain if gain else torch.zeros_like(tangent) for gain in ctx.gains)
+        return mean, curvature
 
 
 class DualPath(NamedTuple):

@@ -86,11 +86,12 @@ def partial_hessian(subject: Subject) -> Iterator[CheckRow]:
         return torch.autograd.grad(log_joint(point), point)[0]
 
     columns, errors = [], []
+    floor = found.diagonal().abs().sqrt()  # of a gradient, per conditional standard deviation
     for i in tqdm(range(len(mean)), "partial Hessian", disable=not subject.progress, leave=False):
         direction = torch.zeros_like(mean)
         direction[i] = found[i, i].abs().rsqrt()  # steps in units of the conditional standard deviation
         along = functools.partial(gradient, direction)
-        column, error = derivative(along, mean.dtype, subject.tolerance / 100)
+        column, error = derivative(along, mean.dtype, subject.tolerance / 100, floor)
         columns.append(column / direction[i])
         errors.append(error / direction[i])
     hessian, error = torch.stack(columns), torch.stack(errors)
@@ -127,42 +128,17 @@ def log_density(subject: Subject) -> Iterator[CheckRow]:
 
 def gradients(subject: Subject) -> Iterator[CheckRow]:
     """Compare derivatives of the loss, the mean and the precision in each parameter with finite differences."""
-    names, project = _projections(subject.gaussian)
-    values = project()
-    loss_gradient = subject.gradient()
-    leaves = list(subject.leaves.values())
-    by_quantity = [torch.autograd.grad(value, leaves, retain_graph=True, allow_unused=True) for value in values]
-
-    def quantities() -> Tensor:
-        loss = torch.tensor([subject.loss()], dtype=torch.float64)
-        return torch.cat([loss, project().detach().double().cpu()])
-
-    sizes = quantities().abs()
-
-    def displaced(leaf: Tensor, index: tuple[int, ...], h: float) -> Tensor:
-        original = leaf.data[index].clone()
-        try:
-            leaf.data[index] = original + h
-            return quantities()
-        finally:
-            leaf.data[index] = original
-
+    views = _Views(subject)
     generator = torch.Generator().manual_seed(0)
-    for k, (name, leaf) in enumerate(subject.leaves.items()):
+    for name, leaf in subject.leaves.items():
         chosen = torch.randperm(leaf.numel(), generator=generator)[: subject.max_elements]
-        rows = [loss_gradient[name], *(torch.zeros_like(leaf) if g[k] is None else g[k] for g in by_quantity)]
-        found = torch.stack([row.reshape(-1)[chosen.to(row.device)].double().cpu() for row in rows])
-        expected, errors = torch.empty_like(found), torch.empty_like(found)
-        for column, element in enumerate(tqdm(chosen.tolist(), name, disable=not subject.progress, leave=False)):
-            index = tuple(int(i) for i in torch.unravel_index(torch.tensor(element), leaf.shape))
-            along = functools.partial(displaced, leaf, index)
-            value, error = derivative(along, leaf.dtype, subject.tolerance / 100)
-            expected[:, column], errors[:, column] = value, error
-        for q, quantity in enumerate(["ELBO gradient", *names]):
-            scale = torch.maximum(expected[q].abs().max(), 1e-3 * sizes[q])
+        found = views.autograd(name, chosen)
+        expected, errors = views.finite_differences(name, chosen)
+        for q, quantity in enumerate(views.names):
+            scale = torch.maximum(expected[q].abs().max(), views.floors[q])
             relative = (found[q] - expected[q]).abs() / scale
             worst = int(relative.argmax())
-            index = tuple(int(i) for i in torch.unravel_index(chosen[worst], leaf.shape))
+            index = _index(int(chosen[worst]), leaf.shape)
             yield CheckRow(
                 quantity,
                 f"{name}{list(index) if index else ''}",
@@ -175,27 +151,79 @@ def gradients(subject: Subject) -> Iterator[CheckRow]:
             )
 
 
-def _projections(gaussian: GuideGaussian) -> tuple[list[str], Callable[[], Tensor]]:
-    """Random one-dimensional views of the mean and of the precision, one per site of the model."""
-    sites = gaussian.log_joint.sites
-    generator = torch.Generator().manual_seed(1)
-    views = torch.zeros(len(sites), gaussian.log_joint.size)
-    for view, site in zip(views, sites.values(), strict=True):
-        view[site.slice] = torch.randn(site.shape.numel(), generator=generator, dtype=views.dtype)
-    other = torch.randn(gaussian.log_joint.size, generator=generator, dtype=views.dtype)
+class _Views:
+    """Numbers to differentiate: the loss, and random one-dimensional views of mean and precision, one per site.
 
-    def project() -> Tensor:
-        mean, precision = gaussian.moments()
-        left, right = views.to(mean), other.to(mean)
+    ``floors`` says of each below which size a derivative counts as zero: a share of the quantity itself, the nat being
+    the unit of a loss.
+    """
+
+    def __init__(self, subject: Subject) -> None:
+        self.subject = subject
+        sites = subject.gaussian.log_joint.sites
+        self.names = ["ELBO gradient", *(f"{what} of '{name}'" for what in ("mean", "precision") for name in sites)]
+        generator = torch.Generator().manual_seed(1)
+        size = subject.gaussian.log_joint.size
+        self.left = torch.zeros(len(sites), size, dtype=torch.float64)
+        for view, site in zip(self.left, sites.values(), strict=True):
+            view[site.slice] = torch.randn(site.shape.numel(), generator=generator, dtype=torch.float64)
+        self.right = torch.randn(size, generator=generator, dtype=torch.float64)
+
+        mean, precision = (moment.detach().double().cpu() for moment in subject.gaussian.moments())
+        spread, left = mean.abs() + precision.diagonal().rsqrt(), self.left.abs()
+        loss = torch.tensor([1 + abs(subject.loss())], dtype=torch.float64)
+        self.floors = 1e-3 * torch.cat([loss, left @ spread, left @ precision.abs() @ self.right.abs()])
+
+        leaves = list(subject.leaves.values())
+        gradients = [torch.autograd.grad(v, leaves, retain_graph=True, allow_unused=True) for v in self._moments()]
+        loss_gradient = subject.gradient()
+        self.by_leaf = {
+            name: torch.stack(
+                [loss_gradient[name], *(torch.zeros_like(leaf) if g[k] is None else g[k] for g in gradients)]
+            )
+            for k, (name, leaf) in enumerate(subject.leaves.items())
+        }
+
+    def _moments(self) -> Tensor:
+        mean, precision = self.subject.gaussian.moments()
+        left, right = self.left.to(mean), self.right.to(mean)
         return torch.cat([left @ mean, left @ precision @ right])
 
-    return [f"{what} of '{name}'" for what in ("mean", "precision") for name in sites], project
+    def autograd(self, name: str, chosen: Tensor) -> Tensor:
+        """Derivatives ``(Q, K)`` in the chosen elements of a parameter, as autograd has them."""
+        return self.by_leaf[name].reshape(len(self.names), -1).double().cpu()[:, chosen]
+
+    def finite_differences(self, name: str, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """The same by finite differences, with estimates of their errors."""
+        leaf, subject = self.subject.leaves[name], self.subject
+        columns = [
+            derivative(
+                functools.partial(self._displaced, leaf, _index(element, leaf.shape)),
+                leaf.dtype,
+                subject.tolerance / 100,
+                self.floors,
+            )
+            for element in tqdm(chosen.tolist(), name, disable=not subject.progress, leave=False)
+        ]
+        values, errors = zip(*columns, strict=True)
+        return torch.stack(values, dim=-1), torch.stack(errors, dim=-1)
+
+    def _displaced(self, leaf: Tensor, index: tuple[int, ...], h: float) -> Tensor:
+        original = leaf.data[index].clone()
+        try:
+            leaf.data[index] = original + h
+            loss = torch.tensor([self.subject.loss()], dtype=torch.float64)
+            return torch.cat([loss, self._moments().detach().double().cpu()])
+        finally:
+            leaf.data[index] = original
+
+
+def _index(position: int, shape: torch.Size) -> tuple[int, ...]:
+    """Index of an element by its position in the flattened tensor."""
+    return tuple(int(i) for i in torch.unravel_index(torch.tensor(position), shape)) if shape else ()
 
 
 def _element(log_joint: LogJoint, position: int) -> str:
     """Name of the site and index of the element at a position in the packed vector."""
-    for name, site in log_joint.sites.items():
-        if position < site.slice.stop:
-            index = torch.unravel_index(torch.tensor(position - site.start), site.shape) if site.shape else ()
-            return f"{name}{[int(i) for i in index] if site.shape else ''}"
-    raise IndexError(position)
+    site = next(site for site in log_joint.sites.values() if position < site.slice.stop)
+    return f"{site.name}{list(_index(position - site.start, site.shape)) if site.shape else ''}"

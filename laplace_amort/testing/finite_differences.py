@@ -18,12 +18,15 @@ __all__ = ["derivative"]
 _STEPS = {torch.float64: (1e-2, 1e-3, 1e-1, 1e-4, 1e-5), torch.float32: (1e-1, 3e-2, 3e-1)}
 
 
-def derivative(fn: Callable[[float], Tensor], dtype: torch.dtype, tolerance: float) -> tuple[Tensor, Tensor]:
+def derivative(
+    fn: Callable[[float], Tensor], dtype: torch.dtype, tolerance: float, floor: Tensor | float = 0.0
+) -> tuple[Tensor, Tensor]:
     """Differentiate a vector-valued function of one real number at zero.
 
     :param fn: takes a displacement, returns a tensor ``(Q,)`` without a graph.
     :param torch.dtype dtype: that the function is computed in; decides the steps.
     :param float tolerance: stop as soon as the estimated errors are this small, relative to the derivatives.
+    :param floor: absolute size ``(Q,)`` below which a derivative counts as this large.
     :return: derivatives ``(Q,)`` and estimates of their absolute errors ``(Q,)``.
 
     Example::
@@ -36,7 +39,7 @@ def derivative(fn: Callable[[float], Tensor], dtype: torch.dtype, tolerance: flo
     first, *others = _STEPS[dtype]
     best, best_error = _extrapolate(fn, first)
     for step in others:
-        if (best_error <= tolerance * best.abs()).all():
+        if (best_error <= tolerance * best.abs().clamp(min=floor)).all():
             break
         value, error = _extrapolate(fn, step)
         better = error < best_error
