@@ -10,12 +10,22 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from laplace_amort.errors import InformationError, NotPositiveDefiniteError
+from laplace_amort.graph import ancestors_of, edges_above
 
 __all__ = ["observed_information", "subsample_information"]
 
 LogDensity = Callable[..., Tensor]
+
+# Every function that the decorator returns shares the code of its wrapper.
+_ONCE_DIFFERENTIABLE = once_differentiable(lambda ctx: None).__code__
+
+_CURE = (
+    "Replace that operation by one that torch can differentiate three times "
+    "(not rsample of Gamma, Beta or Dirichlet, torch.cdist, or torch.igamma in its first argument)."
+)
 
 
 def observed_information(log_joint: LogDensity, *values: Tensor) -> Tensor:
@@ -58,6 +68,7 @@ def observed_information(log_joint: LogDensity, *values: Tensor) -> Tensor:
         copies = [value.clone() if value.requires_grad else value.clone().requires_grad_() for value in values]
         result = log_joint(*copies)
         _check_scalar(result)
+        _refuse_once_differentiable(result, copies, names)
         gradients = _gradients(result, copies, names)
         hessian = _hessian(gradients, copies, names)
         information = (hessian + hessian.mT) / -2
@@ -153,6 +164,27 @@ def _hessian(gradients: Sequence[Tensor], values: Sequence[Tensor], names: Seque
     return torch.cat(columns, dim=1)
 
 
+def _refuse_once_differentiable(result: Tensor, values: Sequence[Tensor], names: Sequence[str]) -> None:
+    """Refuse a Function whose backward is marked as differentiable once, on the way from an argument to the result.
+
+    Torch itself does not complain: the error node that it leaves in the graph of the gradient leads on to no argument,
+    so a second backward towards the arguments passes it by, and the Hessian would be short of a term.
+    """
+    edges = ancestors_of(result)
+    marked = [edge for edge in edges if _is_marked(getattr(getattr(edge[0], "_forward_cls", None), "backward", None))]
+    above = {getattr(node, "variable", node) for node, _ in edges_above(marked)} if marked else set()
+    for name, value in zip(names, values, strict=True):
+        if (value if value.is_leaf else value.grad_fn) in above:
+            raise InformationError(
+                f"the second derivative of log_joint with respect to {name} does not exist in torch: an operation in "
+                f"log_joint is marked as differentiable once only.\n{_CURE}"
+            )
+
+
+def _is_marked(backward: object) -> bool:
+    return getattr(backward, "__code__", None) is _ONCE_DIFFERENTIABLE
+
+
 def _differentiate(
     output: Tensor, values: Sequence[Tensor], names: Sequence[str], order: str, basis: Tensor | None = None
 ) -> tuple[Tensor | None, ...]:
@@ -177,8 +209,7 @@ def _differentiate(
             except RuntimeError as blamed:  # noqa: PERF203 (on the way to an error, speed is no concern)
                 raise InformationError(
                     f"the {order} derivative of log_joint with respect to {name} does not exist in torch: {blamed}\n"
-                    "Replace that operation by one that torch can differentiate three times "
-                    "(not Gamma.rsample, torch.cdist, or torch.igamma in its first argument)."
+                    f"{_CURE}"
                 ) from blamed
         raise InformationError(f"the {order} derivative of log_joint failed: {error}") from error
 

@@ -15,7 +15,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_mean
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _DIM_ALLOCATOR, am_i_wrapped
 from pyro.poutine.util import site_is_subsample
@@ -178,8 +178,13 @@ class LogJoint:
                 raise ModelError(f"the value of site '{name}' lies outside its support {support}, or on its boundary")
         return self.pack(unconstrained)
 
-    def initial(self, init_loc_fn: Callable[..., Any] = init_to_median) -> Tensor:
-        """Return a packed start ``(D,)``, by one of Pyro's ``init_to_*`` strategies (the prior median by default)."""
+    def initial(self, init_loc_fn: Callable[..., Any] = init_to_mean) -> Tensor:
+        """Return a packed start ``(D,)``, by one of Pyro's ``init_to_*`` strategies.
+
+        The default is the prior mean, given the means of the sites before it, because Pyro's ``init_to_median`` takes
+        the median of 15 draws: with a vague prior, somewhere else each time and far from anything. Where a mean does
+        not exist, it is that median all the same.
+        """
 
         def init(site: Any) -> Tensor:
             try:

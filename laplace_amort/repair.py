@@ -69,7 +69,8 @@ class SoftAbs:
 
     Do not use it to hide a matrix that is indefinite *at the optimum*: read the report. The floor is a precision in
     unconstrained coordinates, so no direction gets a standard deviation above ``1 / sqrt(floor)``; where a prior is
-    vaguer than that (10 by default), lower it.
+    vaguer than that (10 by default), lower it. And raise it where a fit stays stuck with a negative eigenvalue: on its
+    way to positive it has to pass zero, where the draws of the guide are that wide and the ELBO is low.
 
     :param float floor: smallest eigenvalue that can result; positive.
     :param float max_relative_change: bound on the report's ``relative_change``, between 0 and 2. The default refuses

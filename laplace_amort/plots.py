@@ -1,0 +1,205 @@
+"""Figures of a fit beside its reference posterior. Matplotlib is imported when one is drawn, and not before."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+__all__ = ["demo_figure", "save_figure"]
+
+# Okabe and Ito's palette, which color-blind readers can tell apart; line styles tell the same in print.
+_COLORS = {"un-amortized": "#D55E00", "amortized": "#0072B2"}
+_LINES: dict[str, dict[str, Any]] = {
+    "un-amortized": {"linestyle": (0, (3, 2)), "linewidth": 1.2, "zorder": 3},
+    "amortized": {"linestyle": "-", "linewidth": 1.8, "zorder": 2},
+}
+_REFERENCE, _RAW = "#000000", "#9A9A9A"
+_COLUMNS = 4
+_Z = (-1.6448536, 0.0, 1.6448536)  # normal quantiles of 5, 50 and 95 %
+_STYLE = {
+    "font.size": 8,
+    "axes.titlesize": 8.5,
+    "axes.labelsize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.7,
+    "xtick.major.width": 0.7,
+    "ytick.major.width": 0.7,
+}
+
+
+def demo_figure(result: Any) -> Any:
+    """Draw marginals of the globals, a caterpillar of the units and the histories of the ELBO.
+
+    The figure belongs to no window and to no ``pyplot`` state, so it can be drawn without a display.
+
+    :param result: what :func:`laplace_amort.demo.run` returned.
+    :return: a ``matplotlib.figure.Figure``.
+    :raises ImportError: if matplotlib is not installed.
+    """
+    matplotlib = require_matplotlib()
+    names = list(result.global_numbers())
+    rows = -(-(len(names) + 1) // _COLUMNS)  # one more cell, for the legend
+    with matplotlib.rc_context(_STYLE):
+        figure = matplotlib.figure.Figure(figsize=(8.0, 1.75 * rows + 3.1), layout="constrained")
+        figure.get_layout_engine().set(w_pad=0.06, h_pad=0.06)
+        upper, lower = figure.subfigures(2, 1, height_ratios=[1.75 * rows, 3.1])
+        cells = upper.subplots(rows, _COLUMNS, squeeze=False).flatten()
+        for axes, (label, name, index) in zip(cells, names, strict=False):
+            _draw_marginal(axes, result, label, name, index)
+        for axes in cells[len(names) :]:
+            axes.set_axis_off()
+        left, right = lower.subplots(1, 2, width_ratios=[2, 1])
+        _draw_units(left, result)
+        _draw_history(right, result)
+        _draw_legend(cells[-1], matplotlib)
+    return figure
+
+
+def save_figure(figure: Any, path: str | Path) -> None:
+    """Write a figure to ``path``, in the format its suffix names, at 200 dots per inch.
+
+    :raises ValueError: if matplotlib knows no such format.
+    :raises OSError: if the file cannot be written.
+    """
+    figure.savefig(path, dpi=200)
+
+
+def require_matplotlib() -> Any:
+    """Return matplotlib, with its figures loaded.
+
+    :raises ImportError: if it is not installed; the message names the extra to install.
+    """
+    try:
+        import matplotlib
+        import matplotlib.figure
+        import matplotlib.lines
+        import matplotlib.patches
+    except ImportError as error:
+        raise ImportError('plots need matplotlib; install it with\n    pip install "laplace_amort[plots]"') from error
+    return matplotlib
+
+
+def _draw_marginal(axes: Any, result: Any, label: str, name: str, index: int) -> None:
+    """The guides' densities over the reference's band; below, 5, 50 and 95 % quantiles of all."""
+    summary = result.reference.variables[name]
+    quantiles = [float(value.flatten()[index]) for value in (summary.q05, summary.q50, summary.q95)]
+    axes.axvspan(quantiles[0], quantiles[2], color=_REFERENCE, alpha=0.1, linewidth=0)
+    intervals = [(quantiles, _REFERENCE)]
+    z = torch.linspace(-3.5, 3.5, 301, dtype=torch.float64)
+    normal = (-(z**2) / 2).exp() / (2 * torch.pi) ** 0.5
+    top = 0.0
+    for fit in result.fits:
+        values = _numpy(fit.at(z)[name].reshape(len(z), -1)[:, index])
+        density = _numpy(normal) / numpy.gradient(values, _numpy(z))  # change of variables
+        axes.plot(values, density, color=_COLORS[fit.label], **_LINES[fit.label])
+        intervals.append((fit.at(z.new_tensor(_Z))[name].reshape(len(_Z), -1)[:, index].tolist(), _COLORS[fit.label]))
+        top = max(top, float(density.max()))
+    for row, ((low, middle, high), color) in enumerate(intervals):
+        height = -top * (0.1 + 0.1 * row)
+        axes.plot([low, high], [height, height], color=color, linewidth=1.2, solid_capstyle="butt")
+        axes.plot([low, middle, high], [height] * 3, "|", color=color, markersize=4, markeredgewidth=1.0)
+    axes.axhline(0, color=_REFERENCE, linewidth=0.4)
+    axes.set_ylim(-top * (0.1 + 0.1 * len(intervals)), 1.06 * top)
+    axes.set_title(label)
+    axes.set_yticks([])
+    axes.spines["left"].set_visible(False)
+    axes.locator_params(axis="x", nbins=4)
+
+
+def _draw_units(axes: Any, result: Any) -> None:
+    """Every unit's raw estimate, its reference posterior and the last guide's, sorted by the reference mean."""
+    local, fit = result.problem.local, result.fits[-1]
+    summary = result.reference.variables[local]
+    order = summary.mean.argsort()
+    raw, se, reference, reference_sd, mean, sd = (
+        _numpy(values[order])
+        for values in (
+            *result.problem.raw_estimates(result.args, result.reference),
+            summary.mean,
+            summary.sd,
+            *fit.moments()[local],
+        )
+    )
+    at = numpy.arange(len(order))
+    axes.axhline(0, color=_RAW, linewidth=0.6, linestyle=":", zorder=0)
+    axes.vlines(at, raw - se, raw + se, color=_RAW, alpha=0.4, linewidth=3.6, label="raw estimate ± se")
+    axes.plot(at, raw, linestyle="none", marker="_", color=_RAW, markersize=3.6, markeredgewidth=1.2)
+    for shift, center, spread, color, marker, label in (
+        (-0.2, reference, reference_sd, _REFERENCE, "s", "reference, mean ± sd"),
+        (0.2, mean, sd, _COLORS[fit.label], "o", f"{fit.label} guide, mean ± sd"),
+    ):
+        bars = {"color": color, "marker": marker, "markersize": 1.8, "elinewidth": 0.9, "linestyle": "none"}
+        axes.errorbar(at + shift, center, yerr=spread, label=label, **bars)
+    low, high = (reference - reference_sd).min(), (reference + reference_sd).max()
+    margin = 0.45 * (high - low)
+    _draw_beyond(axes, at, raw, low - margin, high + margin)
+    axes.set_xlim(-1, len(order))
+    axes.set_ylim(max(low - margin, (raw - 1.1 * se).min()), min(high + margin, (raw + 1.1 * se).max()))
+    axes.set_xlabel(f"{result.problem.unit}, sorted by posterior mean")
+    axes.set_ylabel(f"{local}, {result.problem.local_label}")
+    axes.set_xticks([])
+    axes.legend(loc="lower right", frameon=False, borderaxespad=0)
+
+
+def _draw_beyond(axes: Any, at: Any, raw: Any, low: float, high: float) -> None:
+    """Mark raw estimates that lie beyond the axes; a unit with next to no data has one anywhere."""
+    for beyond, edge, marker in ((raw < low, low, "v"), (raw > high, high, "^")):
+        axes.plot(
+            at[beyond], numpy.full(beyond.sum(), edge), marker, color=_RAW, markersize=5, clip_on=False, in_layout=False
+        )
+
+
+def _draw_history(axes: Any, result: Any) -> None:
+    """The ELBO of every step, less the log evidence, on a scale that is linear within a nat and logarithmic past it."""
+    evidence = result.reference.log_evidence
+    lowest = -10.0
+    for fit in result.fits:
+        if not fit.elbos:
+            continue
+        gap = numpy.asarray(fit.elbos) - evidence
+        steps = numpy.arange(1, len(gap) + 1)
+        color = _COLORS[fit.label]
+        axes.plot(steps, gap, color=color, linewidth=0.5, alpha=0.35, zorder=1)
+        axes.plot(steps, _running_mean(gap), color=color, **_LINES[fit.label])
+        lowest = min(lowest, float(gap.min()))
+    axes.axhline(0, color=_REFERENCE, linewidth=1.0)
+    axes.set_yscale("symlog", linthresh=1.0, linscale=0.8)
+    axes.set_ylim(1.5 * lowest, 0.7)
+    where = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "ha": "right", "va": "bottom"}
+    axes.annotate("log evidence", (1, 0), (0, 2), **where, fontsize=7, in_layout=False)
+    decades = [-(10.0**k) for k in range(int(numpy.log10(-lowest)) + 1)]
+    ticks = [*sorted(decades), 0.0]
+    axes.set_yticks(ticks, [f"\N{MINUS SIGN}{-tick:g}" if tick else "0" for tick in ticks])
+    axes.set_yticks([], minor=True)
+    axes.set_xlabel("SVI step")
+    axes.set_ylabel("ELBO \N{MINUS SIGN} log evidence (nats)")
+
+
+def _running_mean(values: NDArray[Any], width: int = 15) -> NDArray[Any]:
+    """The mean over a centered window, shorter near both ends."""
+    total = numpy.concatenate([[0.0], numpy.cumsum(values)])
+    at = numpy.arange(len(values))
+    low, high = numpy.maximum(at - width // 2, 0), numpy.minimum(at + width // 2 + 1, len(values))
+    return (total[high] - total[low]) / (high - low)
+
+
+def _draw_legend(axes: Any, matplotlib: Any) -> None:
+    line, patch = matplotlib.lines.Line2D, matplotlib.patches.Patch
+    entries: list[tuple[Any, str]] = [(patch(color=_REFERENCE, alpha=0.1), "reference, 5 to 95 %")]
+    entries += [(line([], [], color=_COLORS[k], **_LINES[k]), f"{k} guide") for k in _COLORS]
+    bars = {"linewidth": 1.2, "marker": "|", "markersize": 5, "color": _REFERENCE}
+    entries += [(line([], [], **bars), "5, 50 and 95 % quantiles")]
+    axes.legend(*zip(*entries, strict=True), loc="center left", frameon=False, borderaxespad=0)
+
+
+def _numpy(tensor: Tensor) -> NDArray[Any]:
+    return tensor.detach().cpu().numpy()
