@@ -90,10 +90,10 @@ class DualPathParam(Function):
         """Sum the gradients of the two paths, each times its gain."""
         total: Tensor | None = None
         for grad, gain in zip(grad_outputs, ctx.gains, strict=True):
-            # A frozen path is left out, not multiplied: 0 * inf would be NaN.
-            if grad is None or gain == 0:
+            if grad is None:
                 continue
-            term = grad if gain == 1 else grad * gain
+            # A frozen path sends zeros, it is not multiplied: 0 * inf would be NaN.
+            term = grad if gain == 1 else grad * gain if gain else torch.zeros_like(grad)
             total = term if total is None else total + term
         return (total,) + (None,) * (ctx.num_inputs - 1)
 

@@ -452,3 +452,10 @@ def test_every_error_is_of_two_families(error: type[Exception], builtin: type[Ex
 def test_guide_check_error_carries_its_report() -> None:
     assert errors.GuideCheckError("failed", report="rows").report == "rows"
     assert errors.GuideCheckError("failed").report is None
+
+
+def test_a_frozen_parameter_has_a_gradient_of_zero() -> None:
+    """As under torch.func: it is connected, and nothing comes back."""
+    theta = leaf(3)
+    (actual,) = torch.autograd.grad(dual_path(theta, mean_gain=0.0).mean.sum(), theta)
+    torch.testing.assert_close(actual, torch.zeros(3), rtol=0, atol=0)
