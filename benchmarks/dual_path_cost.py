@@ -1,7 +1,9 @@
 """Cost of dual_path against a pair of clones, forward and backward, as ratios of one run.
 
-OMP_NUM_THREADS=1 python benchmarks/dual_path_cost.py
+Run ``python benchmarks/dual_path_cost.py``.
 """
+
+import functools
 
 import torch
 from measure import machine, print_ratios, seconds
@@ -17,6 +19,7 @@ def gradient(split, theta):
 
 
 def main():
+    torch.set_num_threads(1)  # one thread compares best, and a forked child would wait for the others for ever
     print(machine())
     splits = {
         "clone pair": lambda theta: (theta.clone(), theta.clone()),
@@ -27,9 +30,7 @@ def main():
     rows = []
     for size in (1, 10_000, 1_000_000):
         theta = torch.randn(size, dtype=torch.float64, requires_grad=True)
-        times = {
-            name: seconds(lambda split=split, theta=theta: gradient(split, theta)) for name, split in splits.items()
-        }
+        times = seconds({name: functools.partial(gradient, split, theta) for name, split in splits.items()})
         rows += [(size, name, 1e6 * time, time / times["clone pair"]) for name, time in times.items()]
     print_ratios("forward and backward", ["elements", "how", "microseconds", "ratio"], rows)
 

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import platform
 import resource
+import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -15,14 +16,16 @@ import torch
 from torch.utils.benchmark import Timer
 
 
-def seconds(fn: Callable[[], Any], min_run_time: float = 1.0) -> float:
-    """Median wall seconds of one call, after a warm-up call."""
-    fn()
-    return (
-        Timer("fn()", globals={"fn": fn}, num_threads=torch.get_num_threads())
-        .blocked_autorange(min_run_time=min_run_time)
-        .median
-    )
+def seconds(fns: dict[str, Callable[[], Any]], rounds: int = 7) -> dict[str, float]:
+    """Wall seconds of one call of each: the median over rounds that take turns, so a busy minute hits all alike."""
+    times: dict[str, list[float]] = {name: [] for name in fns}
+    for fn in fns.values():
+        fn()
+    for _ in range(rounds):
+        for name, fn in fns.items():
+            timer = Timer("fn()", globals={"fn": fn}, num_threads=torch.get_num_threads())
+            times[name].append(timer.blocked_autorange(min_run_time=0.2).median)
+    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def _grow(fn: Callable[[], Any], pipe: Any) -> None:
