@@ -44,7 +44,8 @@ class DualPathParam(Function):
         tested list of transforms.
 
     Shapes: ``value (*)`` to ``(*), (*)``. Derivatives of every order exist in forward and reverse mode, under
-    ``torch.func`` transforms and under ``torch.compile(fullgraph=True)``.
+    ``torch.func`` transforms and under ``torch.compile(fullgraph=True)`` (compile a function that calls ``apply``, not
+    ``apply`` itself).
 
     :raises TypeError: if the value is not a floating-point or complex tensor.
 

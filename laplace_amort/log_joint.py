@@ -207,7 +207,7 @@ class LogJoint:
     def subsample_scale(self) -> Tensor:
         """Return the subsampling factor ``N / B`` of every packed element, ``(D,)``; all 1 without subsampling.
 
-        For :func:`~laplace_amort.subsample_information`.
+        Both sizes are those found when this log joint was made. For :func:`~laplace_amort.subsample_information`.
         """
         return torch.cat([torch.full((site.shape.numel(),), site.subsample_scale) for site in self.sites.values()])
 

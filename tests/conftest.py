@@ -27,3 +27,15 @@ def _clean_slate():
         yield
     torch.set_default_dtype(default)
     pyro.clear_param_store()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _report_figures(request):
+    """With LAPLACE_AMORT_REPORT set, print the largest error of each comparison that a module collects."""
+    yield
+    figures = getattr(request.module, "figures", {})
+    if os.environ.get("LAPLACE_AMORT_REPORT"):
+        with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+            print()
+            for name, (largest, count) in sorted(figures.items()):
+                print(f"{name:<45} largest relative error {largest:8.1e} in {count} comparisons")

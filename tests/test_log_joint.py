@@ -9,6 +9,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from models import MODELS, SUBSAMPLED, SUPPORTS, Case, masked, normals, scaled, subsampled, with_factor, with_param
+from oracles import Figures
 from pyro import poutine
 from pyro.distributions import constraints
 from pyro.infer.autoguide import (
@@ -25,6 +26,8 @@ from torch.distributions import biject_to
 
 import laplace_amort.log_joint
 from laplace_amort import LogJoint
+
+figures = Figures()
 
 # What the oracles of Pyro itself cannot do: improper priors and mixtures (no sampling, no bijection), supports that
 # depend on other latents (they freeze the first one they see), sequential plates, subsampling without indices.
@@ -85,7 +88,9 @@ def reference(case, log_joint, packed):
 def test_value_is_pyros_log_prob_and_the_jacobians(name):
     case, log_joint, packed = make(name)
     log_prob, log_jacobian, scaled_log_jacobian = reference(case, log_joint, packed)
-    torch.testing.assert_close(log_joint(packed), log_prob + scaled_log_jacobian, rtol=1e-12, atol=1e-12)
+    value, expected = log_joint(packed), log_prob + scaled_log_jacobian
+    torch.testing.assert_close(value, expected, rtol=1e-12, atol=1e-12)
+    figures.add("log joint: Pyro and Jacobians", float((value - expected).detach().abs() / expected.detach().abs()))
     torch.testing.assert_close(log_joint.log_jacobian(packed), log_jacobian + 0 * packed.sum(), rtol=1e-12, atol=1e-12)
 
 

@@ -1,7 +1,6 @@
 """Properties over random problems: every derivative against finite differences and against a route without our code."""
 
 import math
-import os
 from functools import partial
 
 import pytest
@@ -36,17 +35,6 @@ SINGLE = 5e-3  # float32 against float64
 BOUNDS = {"value": EXACT, "oracle": EXACT, "difference": DIFFERENCE}
 
 figures = Figures()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _report_figures(request):
-    """With LAPLACE_AMORT_REPORT set, print the largest error of each comparison and how many there were."""
-    yield
-    if os.environ.get("LAPLACE_AMORT_REPORT"):
-        with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-            print()
-            for name, (largest, count) in sorted(figures.items()):
-                print(f"{name:<45} largest relative error {largest:8.1e} in {count} comparisons")
 
 
 # ----------------------------------------------------------------------------------------------------------- the ELBO
