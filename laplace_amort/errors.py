@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 __all__ = [
     "GuideCheckError",
     "InformationError",
     "LaplaceAmortError",
+    "ModeNotFoundError",
+    "ModeWarning",
     "ModelError",
     "NotPositiveDefiniteError",
     "PathError",
     "PathLeakError",
     "PathMissingWarning",
+    "StructureError",
 ]
 
 
@@ -40,6 +45,28 @@ class NotPositiveDefiniteError(LaplaceAmortError, ArithmeticError):
 
 class ModelError(LaplaceAmortError, RuntimeError):
     """A Pyro model has something that this package cannot handle; the message names the site or plate."""
+
+
+class StructureError(LaplaceAmortError, ValueError):
+    """The information of a model is no block arrowhead: units are not independent of each other given the globals."""
+
+
+class ModeNotFoundError(LaplaceAmortError, ArithmeticError):
+    """The conditional mode of some units was not found.
+
+    :param str message: what went wrong, where, and the cure.
+    :param list units: indices of the units in their plate.
+    :param status: of each of them.
+    """
+
+    def __init__(self, message: str, units: Sequence[int] = (), status: Sequence[object] = ()) -> None:
+        super().__init__(message)
+        self.units = list(units)
+        self.status = list(status)
+
+
+class ModeWarning(UserWarning):
+    """A conditional mode that the user supplied is not the mode."""
 
 
 class GuideCheckError(LaplaceAmortError, AssertionError):
