@@ -2,40 +2,51 @@
 
 Away from a mode the observed information is often indefinite. A repair must be smooth, must leave a well-conditioned
 matrix alone, must report what it did, and must refuse past a bound: one that works hard hides a bug or a bad model.
+
+What is small depends on the unit of each coordinate, so repairs take a ``scale``, a reference precision of every
+coordinate, and work on :math:`D^{-1/2} M D^{-1/2}` with :math:`D` = diag(scale). Floors are shares of it.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
 
+from laplace_amort import symmetric
 from laplace_amort.errors import NotPositiveDefiniteError
 from laplace_amort.softabs import softabs, softabs_matrix
 
-__all__ = ["RepairReport", "SoftAbs"]
+__all__ = ["Change", "FlooredRepair", "NoRepair", "Repair", "RepairReport", "SoftAbs"]
 
 # A matrix counts as repaired when its precision in some direction moved by more than this share.
-_NOTICEABLE = 1e-3
+NOTICEABLE = 1e-3
 # From this many floors on, SoftAbs and its derivatives are the identity to rounding error: 40 exp(-40) < 2e-16.
 _UNTOUCHED = 20
+
+Self = TypeVar("Self")
 
 
 @dataclass(frozen=True)
 class RepairReport:
     """What a repair did to a batch of matrices; plain numbers, without a graph.
 
-    Prints as one line. Do not read a small change as a good fit: a repair sees the matrix only, not the posterior.
+    Prints as one line. Do not read a small change as a good fit: a repair sees the matrix only, not the posterior. All
+    of it is in units of the ``scale`` that the repair was given.
 
-    :param float smallest_before: smallest eigenvalue in the batch before the repair.
-    :param float smallest_after: smallest eigenvalue in the batch after it.
+    :param float smallest_before: smallest eigenvalue in the batch before the repair. If nothing came near to needing
+        repair, that of the matrix nearest to it by its pivots: exact for a single matrix and for 1x1 matrices, and
+        otherwise a value that occurs, so that no decomposition of the whole batch is called for.
+    :param float smallest_after: the same after it.
     :param float relative_change: largest ``norm(after - before) / norm(after)`` in the batch (Frobenius): 0 for a
         matrix left alone, 1 for one that was zero, 2 for one that was negative throughout.
     :param int num_repaired: matrices moved by more than 0.1 % in some direction.
     :param int num_matrices: matrices in the batch.
-    :param tuple worst: index of the matrix with the largest change, ``()`` for a single matrix.
+    :param tuple worst: index of the matrix with the largest change, ``()`` for a single matrix or if none was changed.
 
     Example::
 
@@ -59,26 +70,113 @@ class RepairReport:
         )
 
 
+@runtime_checkable
+class Repair(Protocol):
+    """What turns matrices that should be positive definite into ones that are; any object with these two methods."""
+
+    def prepare(self: Self, size: int, like: Tensor) -> Self:
+        """Return a repair for matrices of one size: itself if it has no parameters, else a copy with new ones.
+
+        :param int size: ``n`` of the matrices ``(*, n, n)`` to come.
+        :param Tensor like: has the dtype and device of the parameters.
+        """
+
+    def __call__(self, matrix: Tensor, scale: Tensor | None = None) -> tuple[Tensor, RepairReport]:
+        """Return repaired matrices and a report.
+
+        :param Tensor matrix: symmetric, ``(*, n, n)``.
+        :param Tensor scale: positive reference precision of each coordinate, ``(*, n)`` or ``(n,)``; ones by default.
+        """
+
+
+class Change(NamedTuple):
+    """What happened to each of the matrices that were examined, ``(T,)`` all; eigenvalues are the smallest ones."""
+
+    before: Tensor
+    after: Tensor
+    relative: Tensor
+    noticeable: Tensor
+
+    @staticmethod
+    def of_spectrum(before: Tensor, after: Tensor) -> Change:
+        """Compare eigenvalues ``(T, n)`` in a common basis."""
+        size = after.amax(dim=-1, keepdim=True)  # first to the order of 1: squares of large numbers are infinite
+        relative = ((after - before) / size).norm(dim=-1) / (after / size).norm(dim=-1)
+        noticeable = ((after - before) > NOTICEABLE * after).any(dim=-1)
+        return Change(before.amin(dim=-1), after.amin(dim=-1), relative, noticeable)
+
+
 @dataclass(frozen=True)
-class SoftAbs:
+class FlooredRepair(ABC):
+    """Base of the repairs that leave alone whatever is 20 floors away from indefinite, and bound the change.
+
+    A subclass repairs the others, in units of the scale, by a function that is the identity from there on to rounding
+    error. So value and derivatives have no step between a matrix that is repaired and one that is not.
+    """
+
+    floor: float = 1e-3
+    max_relative_change: float = 2.0
+
+    def __post_init__(self) -> None:
+        if not (self.floor > 0 and math.isfinite(self.floor)):
+            raise ValueError(f"floor must be a positive share of the scale, got {self.floor}; the default is 1e-3")
+        if not self.max_relative_change >= 0:
+            raise ValueError(f"max_relative_change must not be negative, got {self.max_relative_change}")
+
+    def prepare(self: Self, size: int, like: Tensor) -> Self:
+        """Return itself: there are no parameters."""
+        return self
+
+    def __call__(self, matrix: Tensor, scale: Tensor | None = None) -> tuple[Tensor, RepairReport]:
+        """Repair ``matrix``, ``(*, n, n)``, in units of ``scale``, ``(*, n)`` or ``(n,)``; return it and a report."""
+        matrix = symmetric.symmetric_part(matrix)
+        needed, nearest = symmetric.screen(matrix, scale, _UNTOUCHED * self.floor)
+        if needed is None:
+            return matrix, _report_of_none(matrix, scale, nearest)
+        some, unit = symmetric.select(matrix, scale, needed)
+        repaired, change = self._repair(some if unit is None else some / unit)
+        report = _report(change, needed, matrix.shape[:-2])
+        self._check_bound(report, matrix.dtype)
+        return symmetric.put(matrix, needed, repaired if unit is None else repaired * unit), report
+
+    @abstractmethod
+    def _repair(self, matrix: Tensor) -> tuple[Tensor, Change]:
+        """Repair symmetric matrices ``(T, n, n)`` of unit scale, and say what happened to each."""
+
+    def _check_bound(self, report: RepairReport, dtype: torch.dtype) -> None:
+        # A negative number moves by twice its size, give or take a rounding error: no reason to refuse.
+        if report.relative_change <= self.max_relative_change + 64 * torch.finfo(dtype).eps:
+            return
+        where = f" {list(report.worst)}" if report.worst else ""
+        raise NotPositiveDefiniteError(
+            f"matrix{where} is too far from positive definite: {report}, bound {self.max_relative_change:g}. Has "
+            "the information the wrong sign (it is the NEGATIVE Hessian of the log joint)? Is this point far from "
+            "the mode, so that the fit should start elsewhere? To allow it all the same:\n"
+            f"    {type(self).__name__}(max_relative_change=2)"
+        )
+
+
+@dataclass(frozen=True)
+class SoftAbs(FlooredRepair):
     r"""Replace every eigenvalue :math:`\lambda` by :math:`\lambda\coth(\lambda / c)`, a smooth absolute value.
 
     Eigenvalues well above the floor :math:`c` stay as they are (by a relative :math:`2 e^{-2\lambda/c}`), negative ones
-    change sign, and none falls below :math:`c`. Values, first and second derivatives are exact at repeated
-    eigenvalues too.
+    change sign, and none falls below :math:`c`. Values and derivatives are exact at repeated eigenvalues too.
 
-    Do not use it to hide a matrix that is indefinite *at the optimum*: read the report. The floor is a precision in
-    unconstrained coordinates, so no direction gets a standard deviation above ``1 / sqrt(floor)``; where a prior is
-    vaguer than that (10 by default), lower it. And raise it where a fit stays stuck with a negative eigenvalue: on its
-    way to positive it has to pass zero, where the draws of the guide are that wide and the ELBO is low.
+    Do not use it to hide a matrix that is indefinite *at the optimum*: read the report. The floor is a share of the
+    scale, so no direction gets a standard deviation above ``1 / sqrt(floor)`` of the reference, 32 by default; without
+    a scale it is a precision. Raise it where a fit stays stuck with a negative eigenvalue: on its way to positive it
+    has to pass zero, where the draws of the guide are that wide and the ELBO is low.
 
-    :param float floor: smallest eigenvalue that can result; positive.
-    :param float max_relative_change: bound on the report's ``relative_change``, between 0 and 2. The default refuses
-        only a matrix that is negative almost throughout, the mark of a wrong sign.
+    :param float floor: smallest eigenvalue that can result, as a share of the scale; positive.
+    :param float max_relative_change: bound on the report's ``relative_change``. The default allows everything: a
+        negative number changes by twice its size. Lower it to refuse, say, information of the wrong sign: 1.9.
     :raises ValueError: if the floor is not positive or the bound is negative.
 
-    Calling it takes symmetric matrices of shape ``(*, n, n)`` and returns ``(repaired, report)``; it raises
-    :class:`~laplace_amort.errors.NotPositiveDefiniteError` past the bound, or if an element is not finite.
+    Calling it takes symmetric matrices of shape ``(*, n, n)`` and optionally a positive ``scale`` of shape ``(*, n)``
+    or ``(n,)``, and returns ``(repaired, report)``; gradients flow through both. It raises
+    :class:`~laplace_amort.errors.NotPositiveDefiniteError` past the bound, or if an element is not finite, and
+    ``ValueError`` or ``TypeError`` if matrices or scales are not such. A matrix left alone is returned as it is.
 
     Example::
 
@@ -94,61 +192,69 @@ class SoftAbs:
     https://arxiv.org/abs/1212.4693
     """
 
-    floor: float = 1e-2
-    max_relative_change: float = 1.9
-
-    def __post_init__(self) -> None:
-        if not (self.floor > 0 and math.isfinite(self.floor)):
-            raise ValueError(f"floor must be a positive precision, got {self.floor}; the default is 1e-2")
-        if not self.max_relative_change >= 0:
-            raise ValueError(f"max_relative_change must not be negative, got {self.max_relative_change}")
-
-    def __call__(self, matrix: Tensor) -> tuple[Tensor, RepairReport]:
-        """Repair ``matrix`` of shape ``(*, n, n)``."""
-        matrix = _checked_symmetric(matrix)
-        eigenvalues, eigenvectors = torch.linalg.eigh(matrix.detach())
-        report = _report(eigenvalues, softabs(eigenvalues, self.floor))
-        if report.smallest_before >= _UNTOUCHED * self.floor:
-            return matrix, report
+    def _repair(self, matrix: Tensor) -> tuple[Tensor, Change]:
+        if matrix.shape[-1] == 1:
+            repaired = softabs(matrix, self.floor)
+            return repaired, Change.of_spectrum(matrix.detach().squeeze(-1), repaired.detach().squeeze(-1))
+        eigenvalues, eigenvectors = symmetric.eigh(matrix.detach())
         repaired = softabs_matrix(matrix, eigenvalues, eigenvectors, self.floor)
-        if report.relative_change > self.max_relative_change:
-            where = f" {list(report.worst)}" if report.worst else ""
-            raise NotPositiveDefiniteError(
-                f"matrix{where} is too far from positive definite: {report}, bound {self.max_relative_change:g}. Has "
-                "the information the wrong sign (it is the NEGATIVE Hessian of the log joint)? Is this point far from "
-                "the mode, so that the fit should start elsewhere? To allow it all the same:\n"
-                "    SoftAbs(max_relative_change=2)"
-            )
-        return repaired, report
+        return repaired, Change.of_spectrum(eigenvalues, softabs(eigenvalues, self.floor))
 
 
-def _checked_symmetric(matrix: Tensor) -> Tensor:
-    if matrix.dim() < 2 or matrix.shape[-1] != matrix.shape[-2]:
-        raise ValueError(f"expected square matrices of shape (*, n, n), got {tuple(matrix.shape)}")
-    finite = torch.isfinite(matrix)
-    if not finite.all():
-        index = [int(i) for i in (~finite).nonzero()[0]]
-        raise NotPositiveDefiniteError(f"the matrix is {matrix[tuple(index)].item()} at index {index}")
-    defect = (matrix - matrix.mT).abs()
-    if (defect > 1e-3 * matrix.abs().amax(dim=(-2, -1), keepdim=True)).any() if matrix.numel() else False:
-        raise ValueError(
-            f"the matrix is not symmetric: it differs from its transpose by {float(defect.max()):.3g}; a precision "
-            "matrix is symmetric, so look at how it was assembled"
+@dataclass(frozen=True)
+class NoRepair:
+    """Return matrices as they are, and raise if one is not positive definite.
+
+    Do not use it to start a fit far from the mode: the observed information is often indefinite there. It is for
+    models whose information cannot be, so that anything else is an error.
+
+    Calling it takes what :class:`SoftAbs` takes; the scale is what the report's eigenvalues are measured by. It raises
+    :class:`~laplace_amort.errors.NotPositiveDefiniteError` with the index and eigenvalue of the worst matrix.
+
+    Example::
+
+        >>> import torch
+        >>> print(NoRepair()(torch.eye(2).expand(3, 2, 2))[1])
+        repaired 0 of 3 matrices; smallest eigenvalue 1 -> 1; largest relative change 0
+    """
+
+    def prepare(self: Self, size: int, like: Tensor) -> Self:
+        """Return itself: there are no parameters."""
+        return self
+
+    def __call__(self, matrix: Tensor, scale: Tensor | None = None) -> tuple[Tensor, RepairReport]:
+        """Return ``matrix``, ``(*, n, n)``, and a report."""
+        matrix = symmetric.symmetric_part(matrix)
+        failed, nearest = symmetric.screen(matrix, scale, 0.0)
+        if failed is None:
+            return matrix, _report_of_none(matrix, scale, nearest)
+        some, unit = symmetric.select(matrix.detach(), None if scale is None else scale.detach(), failed)
+        smallest = symmetric.eigh(some if unit is None else some / unit)[0][:, 0]
+        worst = symmetric.unravel(failed[smallest.argmin()], matrix.shape[:-2])
+        raise NotPositiveDefiniteError(
+            f"matrix{f' {list(worst)}' if worst else ''} is not positive definite: its smallest eigenvalue is "
+            f"{float(smallest.min()):.4g} ({len(failed)} of {matrix.shape[:-2].numel()} are not). Is this point far "
+            "from the mode, so that the fit should start elsewhere? To repair such matrices, smoothly:\n"
+            "    SoftAbs()"
         )
-    return (matrix + matrix.mT) / 2
 
 
-def _report(before: Tensor, after: Tensor) -> RepairReport:
-    if before.numel() == 0:
-        return RepairReport(math.inf, math.inf, 0.0, 0, before.shape[:-1].numel())
-    change = ((after - before).norm(dim=-1) / after.norm(dim=-1)).reshape(-1)
-    moved = ((after - before) > _NOTICEABLE * after).any(dim=-1)
-    worst = torch.unravel_index(change.argmax(), before.shape[:-1]) if before.dim() > 1 else ()
+def _report(change: Change, index: Tensor, batch: torch.Size) -> RepairReport:
+    worst = int(change.relative.argmax())
     return RepairReport(
-        smallest_before=float(before.min()),
-        smallest_after=float(after.min()),
-        relative_change=float(change.max()),
-        num_repaired=int(moved.sum()),
-        num_matrices=change.numel(),
-        worst=tuple(int(i) for i in worst),
+        smallest_before=float(change.before.min()),
+        smallest_after=float(change.after.min()),
+        relative_change=float(change.relative[worst]),
+        num_repaired=int(change.noticeable.sum()),
+        num_matrices=batch.numel(),
+        worst=symmetric.unravel(index[worst], batch),
     )
+
+
+@torch.no_grad()
+def _report_of_none(matrix: Tensor, scale: Tensor | None, nearest: Tensor | None) -> RepairReport:
+    smallest, batch = math.inf, matrix.shape[:-2]
+    if nearest is not None:
+        some, unit = symmetric.select(matrix, scale, nearest.reshape(1))
+        smallest = float(torch.linalg.eigvalsh(some if unit is None else some / unit).min())
+    return RepairReport(smallest, smallest, 0.0, 0, batch.numel())

@@ -1,216 +1,144 @@
-"""SoftAbs: the scalar function against mpmath, the matrix function against finite differences, and its report."""
+"""SoftAbs and NoRepair: derivatives across the boundary of what is repaired, scales, reports, and what is refused."""
 
 import functools
-import itertools
 import math
-import random
 import re
-from collections.abc import Callable
 
 import mpmath
 import pytest
 import torch
-from torch import Tensor
-from torch.autograd import gradcheck, gradgradcheck
+from repair_helpers import MATRICES, MIXED, check_derivatives, symmetrized, with_eigenvalues
+from torch import Tensor, nn
+from torch.autograd import gradcheck
 
-from laplace_amort import NotPositiveDefiniteError, RepairReport, SoftAbs
-from laplace_amort.softabs import _first_difference, _g, _second_difference, softabs, softabs_matrix
+from laplace_amort import NotPositiveDefiniteError, RepairReport, SoftAbs, repair, symmetric
+from laplace_amort.repair import NoRepair, Repair
 
-DIGITS = 150
+REPAIRS = [SoftAbs(), NoRepair()]
+SCALE = torch.tensor([0.5, 1.0, 3.0], dtype=torch.float64)
+
+
+# --------------------------------------------------------------------------------------------------- derivatives
+
+
+@pytest.mark.parametrize("name", ["1x1", "zero 2x2", "indefinite 2x2", "repeated", "zero", "negative", "nested batch"])
+def test_derivatives_in_matrix_and_scale(name: str) -> None:
+    matrix = MATRICES[name]
+    check_derivatives(symmetrized(SoftAbs(0.5)), matrix, SCALE[: matrix.shape[-1]])
+
+
+@pytest.mark.parametrize("scale", [SCALE, torch.stack([SCALE, SCALE, SCALE.flip(0)])], ids=["common", "own"])
+def test_derivatives_of_a_batch_of_which_some_are_repaired(scale: Tensor) -> None:
+    needed, _ = symmetric.screen(MIXED, scale, 20 * 0.5)
+    assert needed is not None
+    assert 0 < len(needed) < len(MIXED)
+    check_derivatives(symmetrized(SoftAbs(0.5)), MIXED, scale)
 
 
 @functools.cache
 def exact(u: float, order: int) -> mpmath.mpf:
-    """u coth u and its first two derivatives."""
-    u = mpmath.mpf(u)
-    if abs(u) < 1e-40:
-        return (mpmath.mpf(1), 2 * u / 3, mpmath.mpf(2) / 3)[order]
-    coth, sinh2 = mpmath.coth(u), mpmath.sinh(u) ** 2
-    return (u * coth, coth - u / sinh2, 2 * (u * coth - 1) / sinh2)[order]
+    """u coth u and its first two derivatives, for u > 0."""
+    return mpmath.diff(lambda x: x * mpmath.coth(x), u, order)
 
 
-def exact_difference(*points: float) -> mpmath.mpf:
-    """Divided difference, by its definition."""
-    points = tuple(sorted(points))
-    low, high, order = points[0], points[-1], len(points) - 1
-    if low == high:
-        return exact(low, order) / math.factorial(order)
-    return (exact_difference(*points[1:]) - exact_difference(*points[:-1])) / (mpmath.mpf(high) - mpmath.mpf(low))
-
-
-def largest_error(actual: Tensor, expected: list[mpmath.mpf]) -> float:
-    """Relative where the exact value is above 1, else absolute."""
-    pairs = zip(actual.tolist(), expected, strict=True)
-    return max(float(abs(a - e) / max(1, abs(e))) for a, e in pairs)
-
-
-def scalars() -> list[float]:
-    generator = random.Random(0)
-    near_zero = [0.0, 1e-300, 1e-100, 1e-16, 1e-8, 1e-4, 0.01]
-    switch = [math.nextafter(0.5, 0), 0.5, math.nextafter(0.5, 1), 0.49, 0.4999999, 0.5000001, 0.51]
-    large = [20.0, 100.0, 354.0, 356.0, 709.0, 711.0, 1e6, 1e100, 1e300]
-    scattered = [10 ** generator.uniform(-12, 3) for _ in range(400)]
-    return [sign * point for sign in (1, -1) for point in near_zero + switch + large + scattered]
-
-
-@pytest.mark.parametrize("order", [0, 1, 2])
-def test_scalar_function(order: int) -> None:
-    with mpmath.workdps(DIGITS):
-        points = scalars()
-        assert largest_error(_g(torch.tensor(points), order), [exact(p, order) for p in points]) < 1e-15
-
-
-def pairs() -> list[tuple[float, float]]:
-    """Pairs at every distance: equal, nearly so, around the switch at 0.5, far; also of opposite signs."""
-    starts = [0.0, 1e-9, 0.25, 0.4999, 0.5, 0.5001, 1.0, 3.0, 30.0, 400.0, 1e4]
-    gaps = [0.0, 1e-12, 1e-7, 1e-3, 0.1, 0.2499, 0.25, 0.4999, 0.5, 0.5001, 0.9, 5.0, 100.0]
-    return [(sign * start, sign * start + gap) for start in starts for gap in gaps for sign in (1, -1)]
-
-
-def test_first_divided_difference() -> None:
-    with mpmath.workdps(DIGITS):
-        points = pairs()
-        actual = _first_difference(*torch.tensor(points).unbind(-1))
-        assert largest_error(actual, [exact_difference(*p) for p in points]) < 1e-14
-
-
-def test_second_divided_difference() -> None:
-    with mpmath.workdps(DIGITS):
-        points = [(a, b, c) for a, b in pairs() for c in (a, b, (a + b) / 2, a - 0.1, b + 0.3, b + 0.6, -a, 7.0)]
-        expected = [exact_difference(*p) for p in points]
-        for order in itertools.permutations(range(3)):
-            actual = _second_difference(*torch.tensor(points)[:, list(order)].unbind(-1))
-            assert largest_error(actual, expected) < 1e-14
-
-
-@pytest.mark.parametrize("floor", [1e-3, 0.5, 20.0])
-def test_softabs(floor: float) -> None:
-    values = torch.tensor([-7.0, -0.1, 0.0, 0.03, 5.0])
-    with mpmath.workdps(DIGITS):
-        expected = [floor * exact(v / floor, 0) for v in values.tolist()]
-        assert largest_error(softabs(values, floor), expected) < 1e-15
-    assert softabs(values, floor).min() >= floor
-
-
-def with_eigenvalues(*eigenvalues: float, batch: tuple[int, ...] = (), seed: int = 0) -> Tensor:
-    n = len(eigenvalues)
-    generator = torch.Generator().manual_seed(seed)
-    q, _ = torch.linalg.qr(torch.randn(*batch, n, n, generator=generator, dtype=torch.float64))
-    matrix = (q * torch.tensor(eigenvalues, dtype=torch.float64)) @ q.mT
-    return (matrix + matrix.mT) / 2
-
-
-MATRICES = {
-    "distinct": with_eigenvalues(0.3, 1.0, 2.5),
-    "repeated": with_eigenvalues(0.7, 0.7, 2.0),
-    "multiple of the identity": 0.8 * torch.eye(3, dtype=torch.float64),
-    "zero": torch.zeros(3, 3, dtype=torch.float64),
-    "nearly repeated": with_eigenvalues(0.7, 0.7 + 1e-9, 0.7 + 1e-5),
-    "zero eigenvalues": with_eigenvalues(0.0, 0.0, 1.5),
-    "indefinite": with_eigenvalues(-1.2, 0.4, 0.4),
-    "negative": with_eigenvalues(-1.0, -1.0, -0.2),
-    "opposite": with_eigenvalues(-1.0, 1.0, 1.0),
-    "spread": with_eigenvalues(-0.01, 0.3, 40.0, 40.0),
-    "1x1": torch.tensor([[-0.4]], dtype=torch.float64),
-    "batch": with_eigenvalues(-0.5, 0.5, 0.5, batch=(2,)),
-    "nested batch": with_eigenvalues(0.1, 0.1, batch=(1, 2)),
-}
-
-
-def repaired(matrix: Tensor, floor: float = 0.5) -> Tensor:
-    return SoftAbs(floor, max_relative_change=2.0)((matrix + matrix.mT) / 2)[0]
-
-
-def by_eigh(matrix: Tensor, floor: float = 0.5) -> Tensor:
-    """Planted: the same values, with the derivatives of ``torch.linalg.eigh``."""
-    eigenvalues, q = torch.linalg.eigh((matrix + matrix.mT) / 2)
-    u = eigenvalues / floor
-    return (q * (floor * u / torch.tanh(u)).unsqueeze(-2)) @ q.mT
-
-
-def check_derivatives(repair: Callable[[Tensor], Tensor], matrix: Tensor) -> None:
-    matrix = matrix.clone().requires_grad_()
-    gradcheck(repair, matrix, check_batched_grad=True)
-    gradgradcheck(repair, matrix, check_batched_grad=True)
-
-
-@pytest.mark.parametrize("name", MATRICES)
-def test_derivatives(name: str) -> None:
-    check_derivatives(repaired, MATRICES[name])
-
-
-@pytest.mark.parametrize("name", ["repeated", "multiple of the identity", "indefinite", "negative", "batch"])
-def test_planted_eigh_fails_at_repeated_eigenvalues(name: str) -> None:
-    torch.testing.assert_close(by_eigh(MATRICES[name]), repaired(MATRICES[name]))
-    with pytest.raises((RuntimeError, AssertionError)):  # GradcheckError, or eigh's own complaint
-        check_derivatives(by_eigh, MATRICES[name])
-
-
-def test_planted_eigh_gives_nan() -> None:
-    matrix = MATRICES["multiple of the identity"].clone().requires_grad_()
-    weights = torch.arange(9.0).reshape(3, 3)
-    for repair, finite in ((repaired, True), (by_eigh, False)):
-        (gradient,) = torch.autograd.grad((weights * repair(matrix)).sum(), matrix)
-        assert bool(torch.isfinite(gradient).all()) is finite
-
-
-def test_planted_eigh_agrees_at_distinct_eigenvalues() -> None:
-    """So it fails for the coincidence and nothing else; and it is a second route to both derivatives."""
-    check_derivatives(by_eigh, MATRICES["distinct"])
-    matrix = MATRICES["distinct"].clone().requires_grad_()
-    hessians = [torch.autograd.functional.hessian(lambda m, f=f: f(m).sin().sum(), matrix) for f in (repaired, by_eigh)]
-    torch.testing.assert_close(*hessians)
-
-
-@pytest.mark.parametrize("name", ["repeated", "spread"])
-def test_torch_func(name: str) -> None:
-    eigenvalues, eigenvectors = torch.linalg.eigh(MATRICES[name])
-
-    def function(matrix: Tensor) -> Tensor:
-        return softabs_matrix((matrix + matrix.mT) / 2, eigenvalues, eigenvectors, 0.5).sin().sum()
-
-    actual = torch.func.jacrev(torch.func.jacrev(function))(MATRICES[name])
-    expected = torch.autograd.functional.hessian(lambda m: repaired(m).sin().sum(), MATRICES[name])
-    torch.testing.assert_close(actual, expected)
-
-
-def test_third_derivative_is_refused() -> None:
-    point = MATRICES["repeated"].clone().requires_grad_()
-    (first,) = torch.autograd.grad(repaired(point).sin().sum(), point, create_graph=True)
-    (second,) = torch.autograd.grad(first.sum(), point, create_graph=True)
-    with pytest.raises(RuntimeError, match="SoftAbs is differentiable twice; its third derivative is not implemented"):
-        torch.autograd.grad(second.sum(), point)
-
-
-def test_float32() -> None:
-    for matrix in MATRICES.values():
-        single, double = matrix.float().requires_grad_(), matrix.clone().requires_grad_()
-        results = [repaired(m) for m in (single, double)]
-        assert results[0].dtype == torch.float32
-        torch.testing.assert_close(results[0], results[1].float(), rtol=1e-5, atol=1e-5)
-        gradients = [torch.autograd.grad(r.sin().sum(), m)[0] for r, m in zip(results, (single, double), strict=True)]
-        torch.testing.assert_close(gradients[0], gradients[1].float(), rtol=1e-4, atol=1e-4)
-
-
-def test_well_conditioned_matrix_is_left_alone() -> None:
-    matrix = with_eigenvalues(1.0, 3.0, 50.0)
-    result, report = SoftAbs()(matrix)
-    torch.testing.assert_close(result, matrix, rtol=1e-14, atol=1e-13)
-    assert (report.num_repaired, report.num_matrices, report.worst) == (0, 1, ())
-    assert report.relative_change < 1e-15
-
-
+@pytest.mark.parametrize("scale", [None, 4.0])
 @pytest.mark.parametrize("ratio", [2.0, 10.0, 15.0, 19.99, 20.01, 25.0, 60.0])
-def test_no_step_where_the_repair_stops_acting(ratio: float) -> None:
+def test_no_step_where_the_repair_stops_acting(ratio: float, scale: float | None) -> None:
     """Value and derivatives are exact to rounding error at every distance from the floor."""
     floor = 0.25
-    matrix = torch.full((1, 1), ratio * floor, requires_grad=True)
-    result = SoftAbs(floor)(matrix)[0]
-    (first,) = torch.autograd.grad(result, matrix, create_graph=True)
-    (second,) = torch.autograd.grad(first, matrix, materialize_grads=True) if first.requires_grad else (0 * first,)
-    with mpmath.workdps(DIGITS):
-        expected = [floor * exact(ratio, 0), exact(ratio, 1), exact(ratio, 2) / floor]
-    assert largest_error(torch.cat([result, first, second]).squeeze(-1), expected) < 1e-14
+    unit = scale or 1.0
+    value = torch.tensor(ratio * floor * unit, requires_grad=True)
+    turn = torch.tensor([[0.6, -0.8], [0.8, 0.6]])
+
+    def smallest(value: Tensor, n: int) -> Tensor:
+        """Of the repaired matrix, an eigenvalue that is the value in an eigenvector that is known."""
+        matrix = value.reshape(1, 1) if n == 1 else turn @ torch.diag(torch.stack([value, 0 * value + 90.0])) @ turn.mT
+        result = SoftAbs(floor)(matrix, None if scale is None else torch.full((n,), scale))[0]
+        return result.squeeze() if n == 1 else (turn.mT @ result @ turn)[0, 0]
+
+    with mpmath.workdps(60):
+        expected = [floor * unit * exact(ratio, 0), exact(ratio, 1), exact(ratio, 2) / floor / unit]
+    for n in (1, 2):
+        result = smallest(value, n)
+        (first,) = torch.autograd.grad(result, value, create_graph=True)
+        (second,) = torch.autograd.grad(first + 0 * value, value)
+        for actual, wanted in zip((result.detach(), first.detach(), second), expected, strict=True):
+            assert abs(float(actual) - float(wanted)) < (1e-14 if n == 1 else 3e-12) * max(1, abs(float(wanted)))
+
+
+def test_planted_step_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(repair, "_UNTOUCHED", 8)
+    with pytest.raises(AssertionError):
+        test_no_step_where_the_repair_stops_acting(10.0, None)
+
+
+def test_scale_matters_only_where_something_is_repaired() -> None:
+    scale = torch.ones(3, 3, requires_grad=True)
+    weight = torch.linspace(-1, 1, 27).reshape(3, 3, 3)
+    (gradient,) = torch.autograd.grad((weight * SoftAbs(0.5)(MIXED, scale)[0]).sum(), scale)
+    assert gradient[1].abs().max() == 0
+    assert gradient[[0, 2]].abs().max() > 1e-3
+
+
+def test_third_derivative() -> None:
+    """Of a batch in which some are repaired: the curvature of a log-determinant, and then its gradient."""
+
+    def second(scale: Tensor) -> Tensor:
+        matrix = MIXED * scale**2
+        (first,) = torch.autograd.grad(torch.logdet(SoftAbs(0.5)(matrix)[0]).sum(), scale, create_graph=True)
+        return torch.autograd.grad(first, scale, create_graph=True)[0]
+
+    gradcheck(second, torch.tensor(1.1, requires_grad=True))
+
+
+# ------------------------------------------------------------------------------------------- what is left alone
+
+
+@pytest.mark.parametrize("scale", [None, SCALE])
+def test_well_conditioned_matrix_is_returned_as_it_is(scale: Tensor | None) -> None:
+    matrix = with_eigenvalues(1.0, 3.0, 50.0)
+    for strategy in REPAIRS:
+        result, report = strategy(matrix, scale)
+        assert result is matrix
+        root = torch.ones(3) if scale is None else scale.sqrt()
+        smallest = float(torch.linalg.eigvalsh(matrix / torch.outer(root, root))[0])
+        assert report == RepairReport(pytest.approx(smallest), pytest.approx(smallest), 0.0, 0, 1)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5])
+def test_only_what_needs_it_is_decomposed(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: list[int] = []
+    count = lambda matrix: counts.append(len(matrix)) or torch.linalg.eigh(matrix)  # noqa: E731
+    monkeypatch.setattr(symmetric, "eigh", count)
+    batch = torch.eye(k).repeat(4, 50, 1, 1)
+    SoftAbs()(batch)
+    assert counts == []
+    batch[1, 7], batch[3, 49] = -torch.eye(k), 0 * torch.eye(k)
+    result, report = SoftAbs()(batch)
+    assert counts == ([2] if k > 1 else [])
+    assert (report.num_repaired, report.num_matrices, report.worst) == (2, 200, (1, 7))
+    same = (result == batch).all(-1).all(-1)
+    assert (~same).nonzero().tolist() == [[1, 7], [3, 49]]
+    torch.testing.assert_close(result[1, 7], torch.eye(k))
+    torch.testing.assert_close(result[3, 49], 1e-3 * torch.eye(k))
+
+
+def test_the_report_of_a_batch_in_order_has_an_eigenvalue_that_occurs() -> None:
+    batch = torch.stack([with_eigenvalues(1.0 + i, 4.0, seed=i) for i in range(6)])
+    for strategy in REPAIRS:
+        report = strategy(batch)[1]
+        occurring = torch.linalg.eigvalsh(batch)[:, 0]
+        assert float((occurring - report.smallest_before).abs().min()) < 1e-14
+        singles = strategy(torch.tensor([3.0, 0.5, 2.0]).reshape(3, 1, 1), torch.tensor([2.0]))[1]
+        assert singles.smallest_before == singles.smallest_after == pytest.approx(0.25)
+
+
+def test_small_asymmetry_is_averaged() -> None:
+    matrix = torch.tensor([[1.0, 0.5 + 1e-9], [0.5, 2.0]])
+    torch.testing.assert_close(SoftAbs()(matrix)[0], SoftAbs()((matrix + matrix.mT) / 2)[0], rtol=0, atol=0)
+
+
+# ----------------------------------------------------------------------------------------------------- what is not
 
 
 def test_negative_eigenvalues_change_sign_and_none_is_below_the_floor() -> None:
@@ -221,11 +149,17 @@ def test_negative_eigenvalues_change_sign_and_none_is_below_the_floor() -> None:
     assert report.relative_change == pytest.approx(math.hypot(6.0, 0.1) / math.sqrt(0.01 + 4 + 9))
 
 
+def test_the_floor_is_a_share_of_the_scale() -> None:
+    result, report = SoftAbs(floor=0.1)(torch.zeros(3, 3), SCALE)
+    torch.testing.assert_close(result, torch.diag(0.1 * SCALE))
+    assert (report.smallest_before, report.smallest_after) == (0.0, pytest.approx(0.1))
+
+
 def test_batch_report() -> None:
     batch = torch.stack(
         [torch.stack([value * torch.eye(2) for value in row]) for row in [[1.0, 2.0], [3.0, -0.4], [0.0, 5.0]]]
     )
-    result, report = SoftAbs(max_relative_change=2.0)(batch)
+    result, report = SoftAbs()(batch)
     assert result.shape == batch.shape
     assert (report.num_repaired, report.num_matrices, report.worst) == (2, 6, (1, 1))
     assert report.relative_change == pytest.approx(2.0)
@@ -256,52 +190,61 @@ def test_report_text(report: RepairReport, text: str) -> None:
 
 @pytest.mark.parametrize(("shape", "matrices"), [((0, 2, 2), 0), ((3, 0, 0), 3), ((0, 0), 1), ((2, 0, 3, 3), 0)])
 def test_empty(shape: tuple[int, ...], matrices: int) -> None:
-    result, report = SoftAbs()(torch.zeros(shape))
-    assert result.shape == shape
-    assert report == RepairReport(math.inf, math.inf, 0.0, 0, matrices)
+    for strategy in REPAIRS:
+        for scale in (None, torch.ones(shape[-1]), torch.ones(shape[:-1])):
+            result, report = strategy(torch.zeros(shape), scale)
+            assert result.shape == shape
+            assert report == RepairReport(math.inf, math.inf, 0.0, 0, matrices)
 
 
-def test_small_asymmetry_is_averaged() -> None:
-    matrix = torch.tensor([[1.0, 0.5 + 1e-9], [0.5, 2.0]])
-    torch.testing.assert_close(SoftAbs()(matrix)[0], SoftAbs()((matrix + matrix.mT) / 2)[0], rtol=0, atol=0)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30, None])
+def test_the_default_refuses_no_finite_matrix(dtype: torch.dtype, size: float | None) -> None:
+    size = torch.finfo(dtype).max * 1e-4 if size is None else size
+    for matrix in (-torch.eye(1), -torch.eye(3), MATRICES["negative"], MATRICES["indefinite 2x2"], -torch.ones(4, 4)):
+        result, report = SoftAbs()((matrix / matrix.abs().max()).to(dtype) * size)
+        assert torch.isfinite(result).all()
+        assert 0 <= report.relative_change <= 2 + 1e-4
+    assert SoftAbs()(torch.tensor([[-0.3]], dtype=dtype))[1].relative_change == pytest.approx(2)
+
+
+# -------------------------------------------------------------------------------------------------- what is refused
 
 
 @pytest.mark.parametrize(
     ("matrix", "error", "message"),
     [
         (torch.ones(2, 3), ValueError, "expected square matrices of shape (*, n, n), got (2, 3)"),
-        (torch.ones(3), ValueError, "expected square matrices of shape (*, n, n), got (3,)"),
         (torch.tensor([[1.0, math.nan], [0.0, 1.0]]), NotPositiveDefiniteError, "the matrix is nan at index [0, 1]"),
         (torch.full((2, 1, 1), -math.inf), NotPositiveDefiniteError, "the matrix is -inf at index [0, 0, 0]"),
-        (
-            torch.tensor([[1.0, 0.5], [0.0, 1.0]]),
-            ValueError,
-            "the matrix is not symmetric: it differs from its transpose by 0.5; a precision matrix is symmetric",
-        ),
+        (torch.tensor([[1.0, 0.5], [0.0, 1.0]]), ValueError, "the matrix is not symmetric: it differs"),
+    ],
+)
+def test_what_is_no_symmetric_matrix(matrix: Tensor, error: type[Exception], message: str) -> None:
+    for strategy in REPAIRS:
+        with pytest.raises(error, match=re.escape(message)):
+            strategy(matrix)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "message"),
+    [
         (
             -torch.eye(2),
-            NotPositiveDefiniteError,
             "matrix is too far from positive definite: repaired 1 of 1 matrix; smallest eigenvalue -1 -> 1; largest "
             "relative change 2, bound 1.9. Has the information the wrong sign",
         ),
         (
             torch.stack([torch.eye(2), -torch.eye(2)]).reshape(2, 1, 2, 2),
-            NotPositiveDefiniteError,
             "matrix [1, 0] is too far from positive definite: repaired 1 of 2 matrices",
         ),
     ],
 )
-def test_what_is_refused(matrix: Tensor, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=re.escape(message)):
-        SoftAbs()(matrix)
-
-
-def test_the_cure_in_the_message_works() -> None:
-    with pytest.raises(
-        NotPositiveDefiniteError, match=r"To allow it all the same:\n    SoftAbs\(max_relative_change=2\)$"
-    ):
-        SoftAbs()(-torch.eye(2))
-    torch.testing.assert_close(SoftAbs(max_relative_change=2)(-torch.eye(2))[0], torch.eye(2))
+def test_what_is_past_a_bound(matrix: Tensor, message: str) -> None:
+    with pytest.raises(NotPositiveDefiniteError, match=re.escape(message)) as caught:
+        SoftAbs(max_relative_change=1.9)(matrix)
+    assert str(caught.value).endswith("To allow it all the same:\n    SoftAbs(max_relative_change=2)")
+    SoftAbs(max_relative_change=2)(matrix)
 
 
 def test_bound() -> None:
@@ -313,7 +256,9 @@ def test_bound() -> None:
 
 @pytest.mark.parametrize("floor", [0.0, -1.0, math.nan, math.inf])
 def test_floor_must_be_positive(floor: float) -> None:
-    with pytest.raises(ValueError, match=rf"floor must be a positive precision, got {floor}; the default is 1e-2"):
+    with pytest.raises(
+        ValueError, match=rf"floor must be a positive share of the scale, got {floor}; the default is 1e-3"
+    ):
         SoftAbs(floor)
 
 
@@ -321,3 +266,31 @@ def test_floor_must_be_positive(floor: float) -> None:
 def test_bound_must_not_be_negative(bound: float) -> None:
     with pytest.raises(ValueError, match=rf"max_relative_change must not be negative, got {bound}"):
         SoftAbs(max_relative_change=bound)
+
+
+@pytest.mark.parametrize(
+    ("matrix", "scale", "message"),
+    [
+        (torch.diag(torch.tensor([1.0, -3.0])), None, "matrix is not positive definite: its smallest eigenvalue is -3"),
+        (torch.zeros(1, 1), None, "its smallest eigenvalue is 0 (1 of 1 are not)"),
+        (MIXED, None, "matrix [0] is not positive definite: its smallest eigenvalue is -0.4 ("),
+        (
+            torch.tensor([2.0, -1.0, 1.0, -2.0]).reshape(2, 2, 1, 1),
+            torch.tensor([1.0, 0.1, 1.0, 1.0]).reshape(2, 2, 1),
+            "matrix [0, 1] is not positive definite: its smallest eigenvalue is -10 (2 of 4 are not)",
+        ),
+    ],
+)
+def test_no_repair(matrix: Tensor, scale: Tensor | None, message: str) -> None:
+    with pytest.raises(NotPositiveDefiniteError, match=re.escape(message)) as caught:
+        NoRepair()(matrix, scale)
+    assert str(caught.value).endswith("To repair such matrices, smoothly:\n    SoftAbs()")
+    SoftAbs()(matrix, scale)
+
+
+def test_they_are_repairs_without_parameters() -> None:
+    for strategy in REPAIRS:
+        assert isinstance(strategy, Repair)
+        assert strategy.prepare(3, torch.zeros(())) is strategy
+    assert not isinstance(nn.Identity(), Repair)
+    assert SoftAbs() == SoftAbs(1e-3, 2.0)
