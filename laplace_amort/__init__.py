@@ -1,38 +1,68 @@
 """The amortized Laplace family for Pyro: guides whose only parameter is where they stand."""
 
+from laplace_amort.arrowhead import Arrowhead
+from laplace_amort.arrowhead_information import ArrowheadBlocks, arrowhead_information, check_structure
+from laplace_amort.boost import Boost
 from laplace_amort.dual_path import DualPath, DualPathParam, check_paths, dual_path
 from laplace_amort.errors import (
     GuideCheckError,
     InformationError,
     LaplaceAmortError,
     ModelError,
+    ModeNotFoundError,
+    ModeWarning,
     NotPositiveDefiniteError,
     PathError,
     PathLeakError,
     PathMissingWarning,
+    StructureError,
 )
+from laplace_amort.family import LaplaceGaussian
+from laplace_amort.guides import AutoLaplaceFamily
+from laplace_amort.heads import JointCurvature, MarginalCurvature
 from laplace_amort.information import observed_information, subsample_information
+from laplace_amort.layout import UnitLayout
 from laplace_amort.log_joint import LogJoint
+from laplace_amort.modes import ClosedFormMode, FreeMode, NewtonMode
+from laplace_amort.modified_cholesky import ModifiedCholesky
 from laplace_amort.params import dual_path_param
-from laplace_amort.repair import RepairReport, SoftAbs
+from laplace_amort.repair import NoRepair, RepairReport, SoftAbs
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Arrowhead",
+    "ArrowheadBlocks",
+    "AutoLaplaceFamily",
+    "Boost",
+    "ClosedFormMode",
     "DualPath",
     "DualPathParam",
+    "FreeMode",
     "GuideCheckError",
     "InformationError",
+    "JointCurvature",
     "LaplaceAmortError",
+    "LaplaceGaussian",
     "LogJoint",
+    "MarginalCurvature",
+    "ModeNotFoundError",
+    "ModeWarning",
     "ModelError",
+    "ModifiedCholesky",
+    "NewtonMode",
+    "NoRepair",
     "NotPositiveDefiniteError",
     "PathError",
     "PathLeakError",
     "PathMissingWarning",
     "RepairReport",
     "SoftAbs",
+    "StructureError",
+    "UnitLayout",
+    "arrowhead_information",
     "check_paths",
+    "check_structure",
     "dual_path",
     "dual_path_param",
     "observed_information",

@@ -7,22 +7,22 @@ below it know tensors only.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.infer.autoguide.initialization import InitMessenger, init_to_mean
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_mean, init_to_median
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.runtime import _DIM_ALLOCATOR, am_i_wrapped
-from pyro.poutine.util import site_is_subsample
+from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor
 from torch.distributions.transforms import Transform
 
 from laplace_amort.errors import ModelError
+from laplace_amort.handlers import Feed, Indices, SitePlates, no_open_plates, subsampled_plates, weight_context
 from laplace_amort.sites import (
     IDENTITY,
     LatentSite,
@@ -30,6 +30,7 @@ from laplace_amort.sites import (
     init_to_zero,
     log_abs_det,
     plates_of,
+    refuse_subsampled,
     subsample_scale_of,
     transform_of,
 )
@@ -76,15 +77,31 @@ class LogJoint:
     """
 
     def __init__(self, model: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        self._set_up(model, args, kwargs, {})
+
+    @classmethod
+    def at_indices(
+        cls, indices: Mapping[str, Tensor], model: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> LogJoint:
+        """Like the constructor, with subsample indices, by plate name, fed from the start."""
+        log_joint = cls.__new__(cls)
+        log_joint._set_up(model, args, kwargs, indices)
+        return log_joint
+
+    def _set_up(
+        self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], indices: Mapping[str, Tensor]
+    ) -> None:
         self.model = model
         self.args = args
         self.kwargs = kwargs
-        self.indices: dict[str, Tensor] = {}
+        self.indices = dict(indices)
+        handler = Indices(self.indices, strict=False)
         # Any feasible point shows the sites; a draw from a vague prior might overflow the likelihood. What it draws on
         # the way must not change the draws of a guide that makes its LogJoint in every call.
         with torch.random.fork_rng(devices=[]):
-            trace = self._run(InitMessenger(init_to_zero), setup=True)
+            trace = self._run(InitMessenger(init_to_zero), handler)
         self.sites = find_sites(trace)
+        self.subsampled_plates = subsampled_plates(trace, handler.given)
         self.size = sum(site.shape.numel() for site in self.sites.values())
 
     def __repr__(self) -> str:
@@ -116,7 +133,11 @@ class LogJoint:
         else:
             kinds = [type(value).__name__ for value in values]
             raise TypeError(f"a LogJoint takes one mapping from site name to tensor, or tensors; got {kinds}")
-        feed = _Feed(self.unpack(packed))
+        return self.evaluate(self.unpack(packed))
+
+    def evaluate(self, unconstrained: Mapping[str, Tensor]) -> Tensor:
+        """Evaluate the log joint density at unconstrained values of every site; like a call, without packing."""
+        feed = Feed(unconstrained, self.sites)
         trace = self._run(feed)
         if set(feed.log_jacobians) != set(self.sites):
             changed = sorted(set(feed.log_jacobians) ^ set(self.sites))
@@ -164,19 +185,32 @@ class LogJoint:
 
     def constrain(self, packed: Tensor) -> dict[str, Tensor]:
         """Return the constrained value of every site, for a packed ``(*, D)``; batched as by :meth:`unpack`."""
-        unconstrained = self.unpack(packed)
+        return self.to_constrained(self.unpack(packed))
+
+    def to_constrained(self, unconstrained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the constrained value of every site from its unconstrained one."""
         return {name: transform(unconstrained[name]) for name, transform in self._transforms(unconstrained).items()}
 
     def unconstrain(self, values: Mapping[str, Tensor]) -> Tensor:
         """Return the packed vector ``(D,)`` of unconstrained values, for constrained values of every site."""
+        return self.pack(self.to_unconstrained(values))
+
+    def to_unconstrained(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the unconstrained value of every site from its constrained one.
+
+        :raises ModelError: if a value lies outside the support of its site, or on its boundary.
+        """
         self._check_names(values)
-        trace: Any = self._run(poutine.condition(data=dict(values)))
-        unconstrained = {name: transform_of(trace.nodes[name]).inv(values[name]) for name in self.sites}
+        transforms = self._fixed_transforms()
+        if len(transforms) < len(self.sites):
+            trace: Any = self._run(poutine.condition(data=dict(values)))
+            transforms = {name: transform_of(trace.nodes[name]) for name in self.sites}
+        unconstrained = {name: transforms[name].inv(values[name]) for name in self.sites}
         for name, value in unconstrained.items():
             if not value.isfinite().all():
-                support = trace.nodes[name]["fn"].support
+                support = transforms[name].codomain
                 raise ModelError(f"the value of site '{name}' lies outside its support {support}, or on its boundary")
-        return self.pack(unconstrained)
+        return unconstrained
 
     def initial(self, init_loc_fn: Callable[..., Any] = init_to_mean) -> Tensor:
         """Return a packed start ``(D,)``, by one of Pyro's ``init_to_*`` strategies.
@@ -185,15 +219,21 @@ class LogJoint:
         the median of 15 draws: with a vague prior, somewhere else each time and far from anything. Where a mean does
         not exist, it is that median all the same.
         """
+        trace = self.prototype(init_loc_fn)
+        return self.pack({n: transform_of(trace.nodes[n]).inv(trace.nodes[n]["value"]) for n in self.sites}).detach()
+
+    def prototype(self, init_loc_fn: Callable[..., Any] = init_to_mean) -> Any:
+        """Return a trace of the model at the start that :meth:`initial` gives."""
 
         def init(site: Any) -> Tensor:
             try:
-                return init_loc_fn(site)
+                value = init_loc_fn(site)
+                # The mean of a heavy tail is infinite, and Pyro takes it for a value.
+                return value if value.isfinite().all() else init_to_median(site)
             except NotImplementedError:  # nothing to sample from: an improper prior
                 return init_to_zero(site)
 
-        trace = self._run(InitMessenger(init))
-        return self.pack({n: transform_of(trace.nodes[n]).inv(trace.nodes[n]["value"]) for n in self.sites}).detach()
+        return self._run(InitMessenger(init))
 
     def log_jacobian(self, packed: Tensor) -> Tensor:
         r"""Return :math:`\log|\partial x/\partial u|` at a packed ``(D,)``, a scalar; without subsampling factors."""
@@ -226,14 +266,29 @@ class LogJoint:
         :return: constrained values per site.
         :raises ModelError: if a site lies in a subsampled plate.
         """
+        for site in self.sites.values():
+            refuse_subsampled(site)
+        return self.sample_values(self.unpack(packed), plates)
+
+    def sample_values(
+        self, unconstrained: Mapping[str, Tensor], plates: Iterable[pyro.plate] = ()
+    ) -> dict[str, Tensor]:
+        """In a guide: like :meth:`sample_sites`, from unconstrained values of every site.
+
+        Where a plate is subsampled, the guide must have made it, and the values must be those of its indices.
+
+        :param unconstrained: values by site, each of the shape of the site, with dimensions of enclosing plates on the
+            left.
+        :param plates: plates of the model that the guide made itself; the others are made here.
+        :return: constrained values per site.
+        """
         opened = {plate.name: plate for plate in plates}
-        unconstrained = self.unpack(packed)
         transforms = self._transforms(unconstrained)
         weights = self._weights(unconstrained)
         values = {}
         for name, site in self.sites.items():
             value = transforms[name](unconstrained[name])
-            with _Plates(site, opened):
+            with SitePlates(site, opened):
                 # Weights are nothing to a Delta, but TraceMeanField_ELBO scales and masks the model's density by them.
                 with weights[name]:
                     pyro.sample(name, dist.Delta(value, event_dim=site.constrained_event_dim))
@@ -249,12 +304,16 @@ class LogJoint:
         if missing or unknown:
             raise ModelError(f"expected a value for each of {list(self.sites)}; missing {missing}, unknown {unknown}")
 
+    def _fixed_transforms(self) -> dict[str, Transform]:
+        """The transforms of the sites whose support depends on no other latent."""
+        return {name: site.transform for name, site in self.sites.items() if site.transform is not None}
+
     def _transforms(self, unconstrained: Mapping[str, Tensor]) -> dict[str, Transform]:
-        known = {name: site.transform for name, site in self.sites.items() if site.transform is not None}
+        known = self._fixed_transforms()
         if len(known) == len(self.sites):
             return known
         # A support that depends on other latents, such as Uniform(0, theta), is known only once they are.
-        feed = _Feed(unconstrained)
+        feed = Feed(unconstrained, self.sites)
         self._run(feed)
         return {name: known.get(name, feed.transforms[name]) for name in self.sites}
 
@@ -262,105 +321,15 @@ class LogJoint:
         """The ``poutine.scale`` and ``poutine.mask`` that the model has around each site, to enter once."""
         if not any(site.weighted for site in self.sites.values()):
             return {name: nullcontext() for name in self.sites}
-        nodes: Any = self._run(_Feed(unconstrained)).nodes
-        return {name: _weight(nodes[name]["scale"], nodes[name]["mask"]) for name in self.sites}
+        nodes: Any = self._run(Feed(unconstrained, self.sites)).nodes
+        # The plates that the guide opens bring their own share of the scale.
+        return {
+            name: weight_context(nodes[name]["scale"] / subsample_scale_of(plates_of(nodes[name])), nodes[name]["mask"])
+            for name in self.sites
+        }
 
-    def _run(self, handler: Messenger, setup: bool = False) -> poutine.Trace:
+    def _run(self, handler: Messenger, indices: Indices | None = None) -> poutine.Trace:
         """Trace one run of the model under ``handler``, hidden from every handler outside."""
-        with _no_open_plates(), poutine.block(), _Indices(self.indices, strict=not setup), handler:
+        indices = Indices(self.indices, strict=True) if indices is None else indices
+        with no_open_plates(), poutine.block(), indices, handler:
             return poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
-
-
-@contextmanager
-def _weight(scale: Any, mask: Any) -> Iterator[None]:
-    with poutine.scale(scale=scale), poutine.mask(mask=True if mask is None else mask):
-        yield
-
-
-class _Feed(Messenger):
-    """Give every latent site the constrained image of its unconstrained value."""
-
-    def __init__(self, unconstrained: Mapping[str, Tensor]) -> None:
-        super().__init__()
-        self.unconstrained = unconstrained
-        self.transforms: dict[str, Transform] = {}
-        self.log_jacobians: dict[str, Tensor] = {}
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if msg["is_observed"] or site_is_subsample(msg):
-            return
-        name = msg["name"]
-        if name not in self.unconstrained:
-            raise ModelError(f"the model sampled site '{name}', which it had not at set-up; its sites must be fixed")
-        transform, value = transform_of(msg), self.unconstrained[name]
-        constrained = transform(value)
-        if constrained.shape[constrained.dim() - len(msg["fn"].shape()) :] != msg["fn"].shape():
-            raise ModelError(
-                f"site '{name}' has shape {tuple(msg['fn'].shape())} in this run, but the value given has shape "
-                f"{tuple(constrained.shape)}: did the arguments of the model change size? Make a new LogJoint for them."
-            )
-        msg["value"] = constrained
-        self.transforms[name] = transform
-        self.log_jacobians[name] = log_abs_det(transform, value, constrained, msg["fn"].event_dim)
-
-
-class _Indices(Messenger):
-    """Feed subsample indices; refuse a run that would draw its own."""
-
-    def __init__(self, indices: Mapping[str, Tensor], strict: bool) -> None:
-        super().__init__()
-        self.indices = indices
-        self.strict = strict
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if not site_is_subsample(msg) or msg["value"] is not None:
-            return
-        name, size, wanted = msg["name"], msg["fn"].size, msg["fn"].subsample_size
-        if name in self.indices:
-            msg["value"] = self.indices[name]
-        elif self.strict and wanted is not None and wanted < size:
-            raise ModelError(
-                f"plate '{name}' subsamples {wanted} of {size}, and this inner run of the model would draw other units "
-                f"than the guide. Open the plate in the guide and hand its indices on:\n"
-                f"    plate = pyro.plate('{name}', {size}, subsample_size={wanted}, dim=...)\n"
-                f"    log_joint.with_indices({name}=plate.indices)"
-            )
-
-
-class _Plates:
-    """The vectorized plates around a site, opened in a guide; each is made once and reused."""
-
-    def __init__(self, site: LatentSite, opened: dict[str, Any]) -> None:
-        for frame in site.plates:
-            if frame.size != frame.full_size:
-                raise ModelError(
-                    f"site '{site.name}' lies in plate '{frame.name}', which subsamples {frame.size} of "
-                    f"{frame.full_size}; the density of a joint draw cannot be scaled by unit. Sample the globals "
-                    f"first, then the units inside the plate:\n"
-                    f"    with pyro.plate('{frame.name}', {frame.full_size}, subsample_size={frame.size}):\n"
-                    f"        pyro.sample('{site.name}', dist.Normal(loc_given_globals, scale))"
-                )
-        for frame in site.plates:
-            if frame.name not in opened:
-                opened[frame.name] = pyro.plate(frame.name, frame.full_size, dim=frame.dim)
-        self.plates = [opened[frame.name] for frame in site.plates]
-        self.stack = ExitStack()
-
-    def __enter__(self) -> None:
-        with ExitStack() as stack:  # close those already open if a later one fails
-            for plate in self.plates:
-                stack.enter_context(plate)
-            self.stack = stack.pop_all()
-
-    def __exit__(self, *exc: Any) -> None:
-        self.stack.__exit__(*exc)
-
-
-@contextmanager
-def _no_open_plates() -> Iterator[None]:
-    """Let plates inside number their dimensions, and use their names, as if none were open outside."""
-    outside, _DIM_ALLOCATOR._stack = _DIM_ALLOCATOR._stack, []
-    try:
-        yield
-    finally:
-        _DIM_ALLOCATOR._stack = outside

@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import pyro.distributions
 import torch
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -20,10 +21,12 @@ from laplace_amort.errors import ModelError
 __all__ = [
     "IDENTITY",
     "LatentSite",
+    "check_plate_sizes",
     "find_sites",
     "init_to_zero",
     "log_abs_det",
     "plates_of",
+    "refuse_subsampled",
     "subsample_scale_of",
     "transform_of",
 ]
@@ -43,6 +46,7 @@ class LatentSite:
     :param transform: from unconstrained to constrained; ``None`` where the support depends on other latents.
     :param int constrained_event_dim: rightmost dimensions of the constrained value that belong to one draw.
     :param bool weighted: whether the model has a ``poutine.scale`` or ``poutine.mask`` around the site.
+    :param tuple sequential_plates: names of the plates around the site that are loops in Python.
     """
 
     name: str
@@ -53,6 +57,7 @@ class LatentSite:
     transform: Transform | None
     constrained_event_dim: int
     weighted: bool
+    sequential_plates: tuple[str, ...] = ()
 
     @property
     def slice(self) -> slice:
@@ -100,6 +105,7 @@ def find_sites(trace: Any) -> dict[str, LatentSite]:
             weighted=isinstance(node["scale"], Tensor)
             or node["scale"] != subsample_scale_of(plates_of(node))
             or node["mask"] is not None,
+            sequential_plates=tuple(frame.name for frame in node["cond_indep_stack"] if not frame.vectorized),
         )
         start += shape.numel()
     if not sites:
@@ -142,12 +148,12 @@ def transform_of(node: Any) -> Transform:
 
 
 def _is_fixed(support: Any) -> bool:
-    """Whether a support holds no tensors, so that it cannot depend on other latents."""
-    parts = list(vars(support).values())
-    parts += [item for part in parts if isinstance(part, list | tuple) for item in part]  # of constraints.cat, stack
-    if any(isinstance(part, Tensor) for part in parts):
-        return False
-    return all(_is_fixed(part) for part in parts if isinstance(part, constraints.Constraint))
+    """Whether a support is the same in every run: a constant of torch or Pyro, or made of such."""
+    if hasattr(support, "base_constraint"):  # independent, or that of a mixture
+        return _is_fixed(support.base_constraint)
+    if isinstance(support, constraints.cat | constraints.stack):
+        return all(_is_fixed(part) for part in support.cseq)
+    return any(support is constant for constant in vars(pyro.distributions.constraints).values())
 
 
 def log_abs_det(transform: Transform, value: Tensor, constrained: Tensor, event_dim: int) -> Tensor:
@@ -168,3 +174,30 @@ def subsample_scale_of(plates: Iterable[Any]) -> float:
     for frame in plates:
         scale *= frame.full_size / frame.size
     return scale
+
+
+def check_plate_sizes(site: LatentSite, plates: Iterable[Any]) -> None:
+    """Refuse a plate that has grown or shrunk: the indices that are fed would hide it."""
+    sizes = {frame.name: frame.full_size for frame in site.plates}
+    for frame in plates:
+        if frame.full_size != sizes.get(frame.name):
+            raise ModelError(
+                f"plate '{frame.name}' around site '{site.name}' has size {frame.full_size} in this run of the model, "
+                f"and had {sizes.get(frame.name)} when its sites were looked for: did the arguments of the model "
+                "change size? Make a new LogJoint for them. An automatic guide does that when it sees another shape; "
+                "so if the size follows from values, pass it as an argument too:\n"
+                f"    def model(..., num_{frame.name}): ..."
+            )
+
+
+def refuse_subsampled(site: LatentSite) -> None:
+    """Refuse a site in a subsampled plate, whose density is that of a joint draw."""
+    for frame in site.plates:
+        if frame.size != frame.full_size:
+            raise ModelError(
+                f"site '{site.name}' lies in plate '{frame.name}', which subsamples {frame.size} of "
+                f"{frame.full_size}; the density of a joint draw cannot be scaled by unit. Sample the globals "
+                f"first, then the units inside the plate:\n"
+                f"    with pyro.plate('{frame.name}', {frame.full_size}, subsample_size={frame.size}):\n"
+                f"        pyro.sample('{site.name}', dist.Normal(loc_given_globals, scale))"
+            )

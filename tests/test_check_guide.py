@@ -127,7 +127,8 @@ def test_a_negated_information_is_refused_by_the_repair():
         log_joint = LogJoint(model, z)
         theta = dual_path_param("theta_hat", torch.tensor([0.3, -0.2]))
         y_hat = mode(theta.mean, z)
-        precision, _ = SoftAbs()(-observed_information(log_joint, theta.curvature, y_hat))
+        repair = SoftAbs(max_relative_change=1.9)
+        precision, _ = repair(-observed_information(log_joint, theta.curvature, y_hat))
         normal = dist.MultivariateNormal(torch.cat([theta.mean, y_hat]), precision_matrix=precision)
         log_joint.sample_sites(pyro.sample("joint", normal, infer={"is_auxiliary": True}))
 

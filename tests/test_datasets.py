@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from laplace_amort import datasets
-from laplace_amort.examples import epil
+from laplace_amort.examples import epil, radon
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the source copies lie beside the repository, not in it")
@@ -44,7 +44,9 @@ def test_derived_columns_of_epil_equal_the_source_copy():
 
 
 @needs_shared
-@pytest.mark.parametrize(("name", "file"), [("multisite", "effects_errors_floor"), ("epil", "epil")])
+@pytest.mark.parametrize(
+    ("name", "file"), [("multisite", "effects_errors_floor"), ("epil", "epil"), ("radon", "radon_mn")]
+)
 def test_references_equal_the_source_copy(name, file):
     source = json.loads((SHARED / "reference" / f"{file}.json").read_text())
     shipped = datasets.reference(name)
@@ -71,6 +73,11 @@ def test_a_dozen_numbers_of_the_published_tables():
     assert patients["trt"].reshape(59, 4)[:, 0].sum() == 31  # 31 on progabide, 28 on placebo
     x, _ = epil.data()
     assert x[0, 0].tolist() == pytest.approx([1, -0.75635379, 0, 0, 0.1142037, 0], abs=5e-9)
+    county, floor, log_radon = radon.data()
+    homes = county.bincount()
+    assert (len(homes), int(homes.min()), int(homes.max()), len(county)) == (85, 1, 116, 919)
+    assert floor.unique(return_counts=True)[1].tolist() == [766, 153]
+    assert log_radon[[0, 1, 918]].tolist() == [0.09531, 0.832909, 1.335001]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -101,13 +108,13 @@ def test_a_reference_has_the_shape_of_its_sites_and_cannot_be_changed():
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (datasets.load, "there is no data set 'radon'; the names are: effects_errors, epil"),
-        (datasets.reference, "there is no reference posterior 'radon'; the names are: multisite, epil"),
+        (datasets.load, "there is no data set 'schools'; the names are: effects_errors, epil, radon_mn"),
+        (datasets.reference, "there is no reference posterior 'schools'; the names are: multisite, epil, radon"),
     ],
 )
 def test_unknown_name_lists_the_known_ones(function, message):
     with pytest.raises(ValueError, match=message):
-        function("radon")
+        function("schools")
 
 
 def test_provenance_speaks_of_every_data_file():

@@ -11,16 +11,23 @@ from pyro import poutine
 from pyro.infer import SVI, Predictive, Trace_ELBO
 from pyro.optim import ClippedAdam
 
-from laplace_amort import LogJoint, PathLeakError, datasets
-from laplace_amort.examples import epil, multisite
+from laplace_amort import (
+    AutoLaplaceFamily,
+    JointCurvature,
+    LogJoint,
+    MarginalCurvature,
+    PathLeakError,
+    datasets,
+)
+from laplace_amort.examples import epil, multisite, radon
 from laplace_amort.testing import CheckSettings, check_guide
 
-EXAMPLES = [multisite, epil]
-GUIDES = [
-    pytest.param(example, guide, id=f"{example.__name__.rsplit('.', 1)[-1]}-{guide}")
-    for example in EXAMPLES
-    for guide in ("AmortizedGuide", "UnamortizedGuide")
-]
+EXAMPLES = [multisite, epil, radon]
+
+
+def closed_form_mode(theta, effect, se):
+    """The example's mode as a function of the globals in one vector."""
+    return multisite.closed_form_mode(dict(zip(multisite.GLOBALS, theta, strict=True)), effect, se)["t"]
 
 
 def cubic(theta, r, se):
@@ -82,7 +89,7 @@ def test_mode_is_the_only_real_root_of_the_cubic(mu, log_raw_scale, log_raw_df, 
     theta, se = torch.tensor([mu, log_raw_scale, log_raw_df]), torch.tensor(log_se).exp()
     effect = theta[0] + distance * se
     _, _, coefficients = cubic(theta, effect - theta[0], se)
-    mode = float(multisite.closed_form_mode(theta, effect, se))
+    mode = float(closed_form_mode(theta, effect, se))
     assert mode == pytest.approx(real_root(coefficients.numpy()), rel=1e-8, abs=1e-10 * float(se))
     slope = 3 * mode**2 - 2 * float(effect - theta[0]) * mode + float(coefficients[2])
     assert slope > 0  # as everywhere if the root is unique
@@ -95,11 +102,11 @@ def test_roots_and_derivatives_where_the_formula_changes():
         _, _, coefficients = cubic(THETA, effect - THETA[0], SE)
         roots.append(real_root(coefficients.numpy()))
     roots = torch.tensor(roots)
-    torch.testing.assert_close(multisite.closed_form_mode(THETA, effects, SE), roots, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(closed_form_mode(THETA, effects, SE), roots, rtol=1e-9, atol=1e-12)
     for effect, root in zip(effects, roots, strict=True):
 
         def found(theta, effect=effect):
-            return multisite.closed_form_mode(theta, effect, SE)
+            return closed_form_mode(theta, effect, SE)
 
         def expected(theta, effect=effect, root=root):
             return implicit_mode(theta, effect, SE, root)
@@ -132,15 +139,15 @@ def test_mode_passes_gradgradcheck():
     effect, se = multisite.data()
     theta = THETA.clone().requires_grad_()
     args = theta, effect[:4].requires_grad_(), se[:4].requires_grad_()
-    assert torch.autograd.gradcheck(multisite.closed_form_mode, args)
-    assert torch.autograd.gradgradcheck(multisite.closed_form_mode, args)
+    assert torch.autograd.gradcheck(closed_form_mode, args)
+    assert torch.autograd.gradgradcheck(closed_form_mode, args)
 
 
 def test_mode_in_float32():
     effects = special_effects()
-    double = multisite.closed_form_mode(THETA, effects, SE)
+    double = closed_form_mode(THETA, effects, SE)
     theta = THETA.float().requires_grad_()
-    single = multisite.closed_form_mode(theta, effects.float(), SE.float())
+    single = closed_form_mode(theta, effects.float(), SE.float())
     torch.testing.assert_close(single.double(), double, rtol=2e-6, atol=1e-7)
     gradient = torch.autograd.grad(single[effects.abs() < 100].sum(), theta, create_graph=True)[0]
     curvature = torch.autograd.grad(gradient.sum(), theta)[0]
@@ -148,150 +155,148 @@ def test_mode_in_float32():
     assert curvature.isfinite().all()
 
 
-# Patients without a seizure, with few, and with many more than expected; log sigma small and large.
-@pytest.mark.parametrize("total", [0.0, 4.0, 400.0])
-@pytest.mark.parametrize("expected", [0.5, 30.0, 1e4])
-@pytest.mark.parametrize("log_sigma", [-3.0, -0.6, 1.0])
-def test_newton_mode_and_derivatives_against_lambert_w(total, expected, log_sigma):
-    """Y - E exp(u) = u / s**2 has the root s**2 Y - W(s**2 E exp(s**2 Y))."""
-    x = torch.zeros(1, 4, 6)
-    x[..., 0] = 1
-    y = torch.full((1, 4), total / 4)
-    theta = torch.zeros(7)
-    theta[0] = torch.tensor(expected / 4).log()
-
-    def found(log_sigma):
-        return epil.conditional_mode(torch.cat([theta[:6], log_sigma.reshape(1)]), x, y)[0]
-
-    def oracle(log_sigma):
-        variance = mpmath.exp(2 * mpmath.mpf(log_sigma))
-        return variance * total - mpmath.lambertw(variance * expected * mpmath.exp(variance * total)).real
-
-    at = torch.tensor(log_sigma)
-    with mpmath.workdps(60):
-        for order in range(4):
-            wanted = float(mpmath.diff(oracle, log_sigma, order))
-            assert float(found(at)) == pytest.approx(wanted, rel=1e-8, abs=1e-9), order
-            found = torch.func.grad(found)
-
-
-def test_newton_names_the_patients_that_did_not_converge():
-    x, y = epil.data()
-    theta = torch.zeros(7)
-    with pytest.raises(RuntimeError, match=r"did not converge in 2 Newton steps for patients \[.*\b24\b.*\]"):
-        epil.conditional_mode(theta, x, y, max_steps=2)
-    with pytest.raises(RuntimeError, match=r"Is theta finite\? It is \[nan, "):
-        epil.conditional_mode(theta * torch.nan, x, y)
-
-
-def reference_theta(name):
-    """The globals at the mean of the reference posterior, in unconstrained space and in the order of the model."""
+def reference_start(name):
+    """An ``init_loc_fn`` that starts a guide at the mean of the reference posterior."""
     variables = datasets.reference(name).variables
-    if name == "multisite":
-        return torch.stack([variables[site].mean for site in ("mu", "log_raw_scale", "log_raw_df")])
-    return torch.cat([variables["beta"].mean, variables["log_sigma"].mean.reshape(1)])
+    return lambda site: variables[site["name"]].mean
 
 
-def short_name(example):
-    return example.__name__.rsplit(".", 1)[-1]
+@pytest.mark.parametrize("log_sigma", [-3.0, -0.6, 1.0])
+def test_modes_of_epil_against_lambert_w(log_sigma):
+    """Y - E exp(u) = u / s**2 has the root s**2 Y - W(s**2 E exp(s**2 Y)); one patient has Y = 0, one 302."""
+    start = {"beta": datasets.reference("epil").variables["beta"].mean, "sigma": torch.tensor(log_sigma).exp()}
+    x, y = epil.data()
+    guide = AutoLaplaceFamily(epil.model, init_loc_fn=lambda site: start.get(site["name"], torch.zeros(59)))
+    modes = guide.median(x, y)["u"].tolist()
+    variance = mpmath.exp(2 * mpmath.mpf(log_sigma))
+    with mpmath.workdps(200):
+        for mode, total, expected in zip(modes, y.sum(-1), (x @ start["beta"]).exp().sum(-1), strict=True):
+            counted = variance * float(total)
+            root = counted - mpmath.lambertw(variance * float(expected) * mpmath.exp(counted)).real
+            assert mode == pytest.approx(float(root), rel=1e-9, abs=1e-9)
 
 
-def set_parameters(example, args):
-    """Put a guide of the example where its posterior is: both parameters, for either guide."""
-    theta = reference_theta(short_name(example))
-    mode = example.closed_form_mode if example is multisite else example.conditional_mode
-    y_hat = mode(theta, *args)
-    pyro.param("theta", theta)
-    pyro.param("y_hat", y_hat)
-    return torch.cat([theta, y_hat])
+def test_log_joint_of_radon_by_hand():
+    county, floor, log_radon = (column[:40] for column in radon.data())
+    generator = torch.Generator().manual_seed(1)
+    values = torch.randn(5 + 2 * (int(county.max()) + 1), generator=generator)
+    log_joint = LogJoint(radon.model, county, floor, log_radon)
+    sites = {name: value.numpy() for name, value in log_joint.constrain(values).items()}
+
+    def normal(z, loc, scale):
+        return float((-0.5 * ((z - loc) / scale) ** 2 - numpy.log(scale) - 0.5 * numpy.log(2 * numpy.pi)).sum())
+
+    expected = normal(sites["mu_alpha"], 0, 10) + normal(sites["mu_beta"], 0, 10)
+    for name in ("sigma_alpha", "sigma_beta", "sigma_y"):
+        expected += numpy.log(2) + normal(sites[name], 0, 1) + float(numpy.log(sites[name]))  # the last for log sigma
+    for name in ("alpha", "beta"):
+        expected += normal(sites[name], sites[f"mu_{name}"], sites[f"sigma_{name}"])
+    for c, f, z in zip(county.tolist(), floor.tolist(), log_radon.numpy(), strict=True):
+        expected += normal(z, sites["alpha"][c] + sites["beta"][c] * f, sites["sigma_y"])
+    assert float(log_joint(values)) == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize(("example", "guide_name"), GUIDES)
-def test_guide_is_the_gaussian_of_the_log_joint(example, guide_name):
-    args = example.data()
-    loc = set_parameters(example, args)
-    guide = getattr(example, guide_name)(*args)
+def test_radon_finds_its_counties():
+    args = radon.data()
+    guide = AutoLaplaceFamily(radon.model, init_loc_fn=reference_start("radon"))
     gaussian = guide.gaussian(*args)
-    torch.testing.assert_close(gaussian.loc, loc)
-    assert guide.report.num_repaired == 0
-    log_joint = LogJoint(example.model, *args)
+    assert guide.layout.frame.name == "counties"
+    assert (guide.layout.global_dim, guide.layout.local_dim, guide.layout.num_units) == (5, 2, 85)
+    assert gaussian.tail_report.num_repaired == 0
+    # A Gaussian has its conditional mean at its mode: the normal equations of one county, written out.
+    (county, floor, log_radon), c = args, 1
+    sites = {name: value.detach() for name, value in gaussian.median().items()}
+    x = torch.stack([torch.ones_like(floor), floor], dim=-1)[county == c]
+    prior = torch.stack([sites["sigma_alpha"], sites["sigma_beta"]]) ** -2
+    precision = x.mT @ x / sites["sigma_y"] ** 2 + prior.diag()
+    linear = x.mT @ log_radon[county == c] / sites["sigma_y"] ** 2 + prior * torch.stack(
+        [sites["mu_alpha"], sites["mu_beta"]]
+    )
+    expected = torch.linalg.solve(precision, linear)
+    torch.testing.assert_close(torch.stack([sites["alpha"][c], sites["beta"][c]]), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(gaussian.precision.tail[c].detach(), precision, rtol=1e-9, atol=1e-9)
+
+
+def joint_gaussian(guide, args):
+    """The packed Gaussian of the guide that is written by hand."""
+    return poutine.trace(guide).get_trace(*args).nodes["joint"]["fn"]
+
+
+def test_the_guide_by_hand_is_the_automatic_one():
+    args = multisite.data()
+    pyro.param("theta", THETA)
+    by_hand = joint_gaussian(multisite.AmortizedGuide(*args), args)
+    start = dict(zip(multisite.GLOBALS, THETA, strict=True))
+    _, guide, _ = multisite.check_case()
+    guide.init_loc_fn = lambda site: start.get(site["name"], torch.zeros(44))
+    automatic = guide.gaussian(*args)
+    loc = torch.cat([automatic.global_loc, automatic.local_loc.flatten()])
+    torch.testing.assert_close(by_hand.loc, loc, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(by_hand.precision_matrix, automatic.precision.to_dense(), rtol=1e-9, atol=1e-9)
+
+
+def test_the_guide_by_hand_is_the_gaussian_of_the_log_joint():
+    args = multisite.data()
+    theta = torch.stack([datasets.reference("multisite").variables[name].mean for name in multisite.GLOBALS])
+    pyro.param("theta", theta)
+    gaussian = joint_gaussian(multisite.AmortizedGuide(*args), args)
+    torch.testing.assert_close(gaussian.loc, torch.cat([theta, closed_form_mode(theta, *args)]))
+    log_joint = LogJoint(multisite.model, *args)
+    loc = gaussian.loc.detach()
     hessian = torch.autograd.functional.hessian(log_joint, loc)
+    torch.testing.assert_close(gaussian.precision_matrix, -hessian, rtol=1e-6, atol=1e-6)
     gradient = torch.autograd.functional.jacobian(log_joint, loc)
-    # The repair moves an eigenvalue by a relative 2 exp(-2 eigenvalue / floor): 6e-5 for the smallest of epil.
-    torch.testing.assert_close(gaussian.precision_matrix, -hessian, rtol=1e-6, atol=2e-4)
-    assert gradient[example.NUM_GLOBALS :].abs().max() < 1e-7  # the locals are at their conditional mode
+    assert gradient[len(theta) :].abs().max() < 1e-7  # the locals are at their conditional mode
 
 
-@pytest.mark.parametrize(("example", "guide_name"), GUIDES)
-def test_vectorized_particles_are_the_draws_of_the_gaussian(example, guide_name):
-    """Each particle's log weight, recomputed from its packed draw alone."""
-    args = example.data()
-    set_parameters(example, args)
-    guide = getattr(example, guide_name)(*args)
-    vectorized = Trace_ELBO(num_particles=3, vectorize_particles=True, max_plate_nesting=1)
-    pyro.set_rng_seed(1)
-    loss = vectorized.loss(example.model, guide, *args)
-    pyro.set_rng_seed(1)
-    with pyro.plate("num_particles_vectorized", 3, dim=-2):
-        draws = poutine.trace(guide).get_trace(*args).nodes["joint"]["value"].squeeze(-2)
-    log_joint = LogJoint(example.model, *args)
-    with torch.no_grad():
-        gaussian = guide.gaussian(*args)
-        weights = torch.stack([log_joint(draw) - gaussian.log_prob(draw) for draw in draws])
-    assert loss == pytest.approx(-float(weights.mean()), rel=1e-9)
-
-
-@pytest.mark.parametrize(("example", "guide_name"), GUIDES)
-def test_guide_trains_and_runs_without_a_graph(example, guide_name):
-    args = example.data()
-    guide = getattr(example, guide_name)(*args)
-    svi = SVI(example.model, guide, ClippedAdam({"lr": 0.01}), Trace_ELBO())
+def test_the_guide_by_hand_trains_and_runs_without_a_graph():
+    args = multisite.data()
+    guide = multisite.AmortizedGuide(*args)
+    svi = SVI(multisite.model, guide, ClippedAdam({"lr": 0.01}), Trace_ELBO(3, vectorize_particles=True))
     svi.step(*args)
     before = pyro.param("theta").clone()
     svi.step(*args)
     assert (pyro.param("theta") != before).all()
     assert numpy.isfinite(svi.evaluate_loss(*args))
-    samples = Predictive(example.model, guide=guide, num_samples=4)(*args)
-    parallel = Predictive(example.model, guide=guide, num_samples=4, parallel=True)(*args)
-    local = "t" if example is multisite else "u"
-    assert samples[local].shape == (4, len(args[0]))
-    assert parallel[local].shape[0] == 4
-    if example is epil:
-        assert (samples["sigma"] > 0).all()
+    assert Predictive(multisite.model, guide=guide, num_samples=4)(*args)["t"].shape == (4, 44)
+
+
+def test_a_mode_from_the_wrong_copy_is_refused(monkeypatch):
+    args = few_units(multisite)
+    declare, mode, declared = multisite.dual_path_param, multisite.closed_form_mode, []
+    monkeypatch.setattr(multisite, "dual_path_param", lambda *a: declared.append(declare(*a)) or declared[-1])
+
+    def leaking(global_, *args):
+        return mode(dict(zip(global_, declared[-1].curvature, strict=True)), *args)
+
+    monkeypatch.setattr(multisite, "closed_form_mode", leaking)
+    with pytest.raises(PathLeakError, match="y_hat = mode"):
+        multisite.AmortizedGuide(*args)(*args)
 
 
 def few_units(example):
-    """Three units, one of them extreme, are enough to check every path, and quick."""
-    units = [0, 15, 22] if example is multisite else [0, 24, 57]
-    return tuple(column[units] for column in example.data())
+    """Two units are enough to check every path, and quick."""
+    args = example.data()
+    return tuple(column[args[0] < 2] for column in args) if example is radon else tuple(column[:2] for column in args)
 
 
-@pytest.mark.parametrize(("example", "guide_name"), GUIDES)
-def test_guide_passes_the_gradient_checks(example, guide_name):
-    args = few_units(example)
-    guide = getattr(example, guide_name)(*args)
-    repair = getattr(example, "REPAIR", CheckSettings().repair)
-    report = check_guide(example.model, guide, *args, settings=CheckSettings(repair=repair, max_elements=3))
+@pytest.mark.parametrize(
+    ("example", "head"), [*((example, JointCurvature()) for example in EXAMPLES), (multisite, MarginalCurvature())]
+)
+def test_the_case_passes_the_gradient_checks(example, head):
+    model, guide, args = example.check_case()
+    assert model is example.model
+    assert [tuple(arg.shape) for arg in args] == [tuple(arg.shape) for arg in example.data()]
+    guide.head = head
+    report = check_guide(model, guide, *few_units(example), settings=CheckSettings(max_elements=1))
     assert report.ok
     assert len(report.rows) >= 5
 
 
-@pytest.mark.parametrize("example", EXAMPLES)
-def test_mode_from_the_wrong_copy_is_refused(example, monkeypatch):
-    args = few_units(example)
-    name = "closed_form_mode" if example is multisite else "conditional_mode"
-    mode, declare = getattr(example, name), example.dual_path_param
-    declared = []
-    monkeypatch.setattr(example, "dual_path_param", lambda *a: declared.append(declare(*a)) or declared[-1])
-    monkeypatch.setattr(example, name, lambda mean, *args: mode(declared[-1].curvature, *args))
-    with pytest.raises(PathLeakError, match="y_hat = mode"):
-        example.AmortizedGuide(*args)(*args)
-
-
-@pytest.mark.parametrize("example", EXAMPLES)
-def test_check_case_fits_the_command(example):
-    model, guide, args, *kwargs = example.check_case()
-    assert model is example.model
-    assert isinstance(guide, example.AmortizedGuide)
-    assert [tuple(arg.shape) for arg in args] == [tuple(arg.shape) for arg in example.data()]
-    assert all(set(given) == {"settings"} for given in kwargs)
+def test_the_guide_by_hand_passes_the_gradient_checks():
+    args = few_units(multisite)
+    report = check_guide(
+        multisite.model, multisite.AmortizedGuide(*args), *args, settings=CheckSettings(max_elements=1)
+    )
+    assert report.ok
+    assert len(report.rows) >= 5

@@ -207,8 +207,8 @@ REFUSED = {
     ),
     "data that grew": (
         lambda: LogJoint(poisson_lognormal, torch.ones(3)).given(torch.ones(4))(torch.zeros(5)),
-        "site 'y' has shape (4,) in this run, but the value given has shape (3,): did the arguments of the model "
-        "change size? Make a new LogJoint for them.",
+        "plate 'units' around site 'y' has size 4 in this run of the model, and had 3 when its sites were looked for: "
+        "did the arguments of the model change size? Make a new LogJoint for them.",
     ),
     "wrong number of elements": (
         lambda: conjugate("__call__", torch.zeros(2), torch.zeros(4)),

@@ -152,9 +152,9 @@ def test_comparison_catches_planted_bugs(variant, tripped, problem):
 
 @given(problem=problems())
 def test_wrong_sign_of_the_information_is_refused(problem):
-    # SoftAbs is even: its value would hide the sign, only its bound shows it.
+    # SoftAbs is even: its value would hide the sign, only a bound shows it.
     information = observed_information(problem.log_joint, problem.theta, problem.mode(problem.theta))
-    repair = SoftAbs()
+    repair = SoftAbs(max_relative_change=1.9)
     assume(torch.linalg.eigvalsh(information)[0] > 3 * repair.floor)
     with pytest.raises(NotPositiveDefiniteError, match="wrong sign"):
         repair(-information)

@@ -17,11 +17,25 @@ def code_blocks(language):
     return [textwrap.dedent(body) for body in re.findall(pattern, README.read_text(encoding="utf-8"), re.MULTILINE)]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_guide_for_an_existing_model_runs_as_shown(dtype, capsys):
+    """In torch's default type, and in float64; it finds the scale that the data were made with."""
+    torch.set_default_dtype(dtype)
+    scope = {}
+    exec(compile(code_blocks("python")[0], str(README), "exec"), scope)
+    printed = capsys.readouterr().out
+    assert "unit plate 'units': 1000 units, dim -1" in printed
+    low, median, high = map(float, re.search(r"tensor\(\[(.*)\]", printed)[1].split(","))
+    assert abs(median - 0.7) < 0.1  # of the start, exp(0.5), it is 0.9 away
+    assert 0.02 < high - low < 0.15
+    assert pyro.param("AutoLaplaceFamily.loc").shape == (2,)
+
+
 @pytest.mark.parametrize("dtype", ["torch.float64", "torch.float32"])
 def test_the_answer_runs_as_shown(dtype, capsys):
     """As shown, and in float32; the guide fits, and passes the check that the README prints."""
     scope = {}
-    for block in code_blocks("python"):
+    for block in code_blocks("python")[1:]:
         block = block.replace("torch.float64", dtype)
         exec(compile(block, str(README), "exec"), scope)
     printed = capsys.readouterr().out
@@ -38,7 +52,7 @@ def test_the_answer_runs_as_shown(dtype, capsys):
 
 def test_the_answer_is_short():
     """Guide, mode and imports: what a reader has to take in, without the model that was there before."""
-    answer, _ = code_blocks("python")
+    _, answer, _ = code_blocks("python")
     model = answer[answer.index("def model") : answer.index("def mode(")]
     lines = [line for line in answer.replace(model, "").splitlines() if line.strip()]
     assert len(lines) <= 20

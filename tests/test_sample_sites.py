@@ -12,7 +12,7 @@ from pyro.distributions import constraints
 from pyro.infer import SVI, Predictive, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal
 
-import laplace_amort.log_joint
+import laplace_amort.handlers
 from laplace_amort import LogJoint, ModelError, observed_information
 
 ELBOS = [Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO]
@@ -92,7 +92,7 @@ def test_a_thousand_particles(elbo, vectorize):
 def naive_sample_sites(log_joint, packed):
     """Split the draw without a thought for leading dimensions."""
     for name, site in log_joint.sites.items():
-        with laplace_amort.log_joint._Plates(site, {}):
+        with laplace_amort.handlers.SitePlates(site, {}):
             pyro.sample(name, dist.Delta(packed[..., site.slice].reshape(packed.shape[:-1] + site.shape)))
 
 

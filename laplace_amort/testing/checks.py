@@ -13,8 +13,8 @@ from tqdm import tqdm
 
 from laplace_amort.dual_path import CURVATURE, is_dual_edge
 from laplace_amort.graph import ancestors_of
-from laplace_amort.information import subsample_information
 from laplace_amort.log_joint import LogJoint
+from laplace_amort.testing.expected import ExpectedPrecision
 from laplace_amort.testing.finite_differences import derivative
 from laplace_amort.testing.gaussian import GuideGaussian, base_distribution
 from laplace_amort.testing.report import CheckRow
@@ -39,11 +39,11 @@ class Subject:
     gradient: Callable[[], dict[str, Tensor]]
     leaves: dict[str, Tensor]
     gaussian: GuideGaussian
-    repair: Callable[[Tensor], tuple[Tensor, Any]]
+    expected: ExpectedPrecision
     tolerance: float
     max_elements: int
     progress: bool
-    repair_report: Any = None
+    note: str = ""
 
     def notes(self) -> tuple[str, ...]:
         """Sentences for the end of the report."""
@@ -52,7 +52,7 @@ class Subject:
             for name, leaf in self.leaves.items()
             if leaf.numel() > self.max_elements
         ]
-        return (*checked, f"repair of the expected precision: {self.repair_report}")
+        return (*checked, self.note)
 
 
 def path_leaks(subject: Subject) -> Iterator[CheckRow]:
@@ -94,9 +94,8 @@ def partial_hessian(subject: Subject) -> Iterator[CheckRow]:
         column, error = derivative(along, mean.dtype, subject.tolerance / 100, floor)
         columns.append(column / direction[i])
         errors.append(error / direction[i])
-    hessian, error = torch.stack(columns), torch.stack(errors)
-    information = subsample_information(-(hessian + hessian.mT) / 2, log_joint.subsample_scale().to(mean))
-    expected, subject.repair_report = subject.repair(information)
+    hessian = torch.stack(columns)
+    expected, error, subject.note = subject.expected(log_joint, mean, -(hessian + hessian.mT) / 2, torch.stack(errors))
     # Relative to the scale that the two coordinates have, and so independent of their units.
     size = (expected.diagonal().unsqueeze(-1) * expected.diagonal()).sqrt()
     relative = (found - expected).abs() / size

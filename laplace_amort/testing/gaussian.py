@@ -70,17 +70,23 @@ class GuideGaussian:
 
     def base_moments(self) -> tuple[Tensor, Tensor]:
         """Return mean ``(D,)`` and precision ``(D, D)`` of the base draw, differentiable in the parameters."""
-        precision = observed_information(self.log_q, self.origin)
-        with torch.enable_grad():
-            origin = self.origin.clone().requires_grad_()
-            (slope,) = torch.autograd.grad(self.log_q(origin), origin, create_graph=True)
+        runs = []
+
+        def log_q(packed: Tensor) -> Tensor:
+            runs.append((packed, self.log_q(packed)))
+            return runs[-1][1]
+
+        precision = observed_information(log_q, self.origin)
+        ((packed, value),) = runs  # one run of the guide serves slope and curvature
+        (slope,) = torch.autograd.grad(value, packed, create_graph=True)
         return self.origin + torch.linalg.solve(precision, slope), precision  # a Newton step, exact for a quadratic
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """Return mean and precision in the model's packed coordinates, differentiable in the parameters."""
         base_mean, base_precision = self.base_moments()
-        inverse = torch.linalg.inv(self.jacobian(base_mean))
-        return self.to_model(base_mean), inverse.mT @ base_precision @ inverse
+        mean, rows = self._image(base_mean)
+        inverse = torch.linalg.inv(rows)
+        return mean, inverse.mT @ base_precision @ inverse
 
     def require_affine(self) -> None:
         """Compare the map from the base draw to the latents at two points: only an affine one keeps a Gaussian.
@@ -111,17 +117,25 @@ class GuideGaussian:
 
         :raises GuideCheckError: if the guide does not draw as many numbers as the model has latents.
         """
+        return self._image(base)[1]
+
+    def _image(self, base: Tensor) -> tuple[Tensor, Tensor]:
+        """The latents ``(D,)`` and their derivative ``(D, D)``, from one run of the guide."""
+        self._check_size(base)
+        with torch.enable_grad():
+            point = base.detach().requires_grad_() if not base.requires_grad else base
+            image = self.to_model(point)
+            (rows,) = torch.autograd.grad(
+                image, point, torch.eye(base.numel()).to(base), is_grads_batched=True, create_graph=True
+            )
+        return image, rows
+
+    def _check_size(self, base: Tensor) -> None:
         if base.numel() != self.log_joint.size:
             raise GuideCheckError(
                 f"the guide draws {base.numel()} numbers for {self.log_joint.size} unconstrained latents of the model "
                 f"({self.log_joint!r}); a Gaussian with a precision matrix needs as many"
             )
-        with torch.enable_grad():
-            point = base.detach().requires_grad_() if not base.requires_grad else base
-            (rows,) = torch.autograd.grad(
-                self.to_model(point), point, torch.eye(base.numel()).to(base), is_grads_batched=True, create_graph=True
-            )
-        return rows
 
     def trace(self, base: Tensor) -> poutine.Trace:
         """Trace the guide at a base draw, hidden from handlers outside and without subsampling weights."""
