@@ -29,6 +29,7 @@ _EPILOG = """\
 examples:
   laplace-amort demo                      44 sites, Student-t effects: well under a minute, a table and a plot
   laplace-amort demo epil --no-plot       59 patients, Poisson counts
+  laplace-amort demo radon                919 homes in 85 counties, an intercept and a slope for each
   laplace-amort check mymodel:case        the gradient checks on a guide of your own
 
 exit codes: 0 fine, 1 a check or a fit failed, 2 wrong usage, 130 interrupted
@@ -86,11 +87,13 @@ def _parser() -> argparse.ArgumentParser:
     fit = commands.add_parser(
         "demo",
         help="fit real data and compare with a long run of NUTS",
-        description="Fit real data by plain SVI with two hand-written guides, and print their posteriors beside the "
-        "reference posterior.",
+        description="Fit real data by plain SVI with AutoLaplaceFamily: un-amortized, with the joint and with the "
+        "marginal head. Print the posteriors beside the reference posterior, and what to believe of them.",
     )
     fit.add_argument("name", nargs="?", default=_DEMOS[0], choices=_DEMOS, help=f"which one (default {_DEMOS[0]})")
-    fit.add_argument("--steps", type=_positive, help="SVI steps for each guide")
+    fit.add_argument(
+        "--steps", type=_positive, default=demo.STEPS, help="SVI steps for each guide (default %(default)s)"
+    )
     fit.add_argument("--seed", type=int, default=0, help="of the random numbers (default 0)")
     plot = fit.add_mutually_exclusive_group()
     plot.add_argument("--plot", type=Path, metavar="PATH", help="where to write the plot (default ./NAME.png)")

@@ -1,13 +1,14 @@
-"""Fit real data by plain ``SVI`` with hand-written guides, and hold the result against a long run of NUTS."""
+"""Fit real data by plain ``SVI`` with ``AutoLaplaceFamily``, and hold the result against a long run of NUTS."""
 
 from __future__ import annotations
 
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy
@@ -19,11 +20,13 @@ from tabulate import tabulate
 from torch import Tensor
 from tqdm import tqdm
 
-from laplace_amort import LogJoint, RepairReport, datasets
-from laplace_amort.examples import epil, multisite
+from laplace_amort import AutoLaplaceFamily, LaplaceGaussian, datasets
+from laplace_amort.examples.problems import PROBLEMS, Problem
 
-__all__ = ["PROBLEMS", "DemoResult", "Fit", "Problem", "run"]
+__all__ = ["PROBLEMS", "STEPS", "DemoResult", "Fit", "run"]
 
+STEPS = 400
+_LEARNING_RATE = 0.1, 0.001  # at the first and at the last step
 _PARTICLES = 32  # per step
 _EVALUATION = 20, 200  # the final ELBO: batches, particles in each
 # A start far from the posterior has gradients a thousand times those of its neighborhood. A short memory of squared
@@ -33,118 +36,35 @@ _POOR = 0.25  # posterior sds of the mean, and change of the log sd, past which 
 
 
 @dataclass(frozen=True)
-class Problem:
-    """One example with the settings of its fit.
-
-    :param str name: name of the problem, and of its reference posterior.
-    :param str title: one line on the data and the model.
-    :param example: the module with ``data``, ``model``, ``UnamortizedGuide`` and ``AmortizedGuide``.
-    :param str unit: what one local latent belongs to.
-    :param str local: name of the local site.
-    :param str local_label: what it is, in words.
-    :param labels: what the elements of a global site mean, by site.
-    :param raw_estimates: from the arguments of the model and the reference to the units' own estimates and their
-        standard errors, without pooling.
-    :param int steps: default number of SVI steps.
-    :param tuple learning_rate: at the first and at the last step.
-    """
-
-    name: str
-    title: str
-    example: Any
-    unit: str
-    local: str
-    local_label: str
-    labels: Mapping[str, tuple[str, ...]]
-    raw_estimates: Callable[[tuple[Tensor, ...], datasets.Reference], tuple[Tensor, Tensor]]
-    steps: int
-    learning_rate: tuple[float, float]
-
-
-def _raw_effects(args: tuple[Tensor, ...], reference: datasets.Reference) -> tuple[Tensor, Tensor]:
-    effect, se = args
-    return effect - reference.variables["mu"].mean, se
-
-
-def _raw_log_rates(args: tuple[Tensor, ...], reference: datasets.Reference) -> tuple[Tensor, Tensor]:
-    x, y = args
-    expected = (x @ reference.variables["beta"].mean).exp().sum(-1)
-    count = y.sum(-1) + 0.5  # half a seizure keeps the logarithm of a patient without any finite
-    return (count / expected).log(), count.rsqrt()
-
-
-PROBLEMS = {
-    "multisite": Problem(
-        name="multisite",
-        title="44 sites of an education experiment, Student-t effects, the conditional mode in closed form",
-        example=multisite,
-        unit="site",
-        local="t",
-        local_label="effect less mu",
-        labels={},
-        raw_estimates=_raw_effects,
-        steps=400,
-        learning_rate=(0.2, 0.0003),
-    ),
-    "epil": Problem(
-        name="epil",
-        title="59 patients of an epilepsy trial, Poisson log-normal counts, the conditional mode by Newton steps",
-        example=epil,
-        unit="patient",
-        local="u",
-        local_label="log of rate ratio",
-        labels={"beta": ("intercept", "log base", "treatment", "treatment x base", "log age", "period 4")},
-        raw_estimates=_raw_log_rates,
-        steps=600,
-        learning_rate=(0.1, 0.0003),
-    ),
-}
-
-
-@dataclass(frozen=True)
 class Fit:
     """One guide after its fit: a Gaussian in unconstrained space, and how it came about.
 
     :param str label: name of the guide.
-    :param LogJoint log_joint: knows the sites.
-    :param Tensor loc: mean, ``(D,)``.
-    :param Tensor sd: standard deviations, ``(D,)``.
+    :param LaplaceGaussian gaussian: what it is.
     :param list elbos: the noisy ELBO of every step done.
     :param int steps: the steps that were asked for.
     :param float seconds: wall time of the steps.
     :param int num_parameters: elements of all parameters of the guide.
     :param float elbo: the final ELBO, from many particles.
     :param float elbo_standard_error: its Monte Carlo standard error.
-    :param RepairReport repair: what was repaired at the end.
     """
 
     label: str
-    log_joint: LogJoint
-    loc: Tensor
-    sd: Tensor
+    gaussian: LaplaceGaussian
     elbos: list[float]
     steps: int
     seconds: float
     num_parameters: int
     elbo: float
     elbo_standard_error: float
-    repair: RepairReport
 
-    def at(self, z: Tensor) -> dict[str, Tensor]:
-        """Return each site's constrained value ``z (K,)`` standard deviations from the mean, ``(K, *shape)``.
-
-        Valid for sites whose support is constrained element by element, as here: every element is then an increasing
-        function of a normal variable, which takes quantiles to quantiles.
-        """
-        values = self.log_joint.constrain(self.loc + self.sd * z.reshape(-1, 1, 1))
-        return {name: value.reshape(-1, *self.log_joint.sites[name].shape) for name, value in values.items()}
-
+    @cached_property
     def moments(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return mean and standard deviation of each site in constrained space, by Gauss-Hermite quadrature."""
-        nodes, weights = (torch.as_tensor(rule) for rule in numpy.polynomial.hermite_e.hermegauss(41))
+        """Mean and standard deviation of each site in constrained space, by Gauss-Hermite quadrature."""
+        nodes, weights = (torch.as_tensor(rule) for rule in numpy.polynomial.hermite_e.hermegauss(21))
         weights = weights / weights.sum()
         moments = {}
-        for name, value in self.at(nodes).items():
+        for name, value in self.gaussian.quantiles(torch.special.ndtr(nodes)).items():
             mean = torch.tensordot(weights, value, dims=1)
             moments[name] = mean, torch.tensordot(weights, (value - mean) ** 2, dims=1).sqrt()
         return moments
@@ -172,28 +92,27 @@ class DemoResult:
         sections += [_verdict(self, fit) for fit in self.fits]
         return "\n\n".join(sections)
 
-    def global_numbers(self) -> Iterator[tuple[str, str, int]]:
-        """Yield label, site and flat index of every global number."""
+    def numbers(self, role: str) -> Iterator[tuple[str, str, int]]:
+        """Yield label, site and flat index of every number that is "global", or "local"."""
         for name, summary in self.reference.variables.items():
-            if summary.role == "global":
-                for index in range(summary.mean.numel()):
-                    words = self.problem.labels.get(name)
-                    yield (f"{name}[{index}] {words[index]}" if words else name), name, index
+            if summary.role == role:
+                words = self.problem.labels.get(name, ("",) * summary.mean.numel())
+                for index, word in enumerate(words):
+                    yield f"{name}[{index}] {word}".strip() if summary.mean.dim() else name, name, index
 
     def errors(self, fit: Fit, name: str) -> tuple[Tensor, Tensor]:
         """Return error of the mean in posterior sds, and ratio of sds, for the flattened elements of a site."""
-        summary, (mean, sd) = self.reference.variables[name], fit.moments()[name]
+        summary, (mean, sd) = self.reference.variables[name], fit.moments[name]
         return ((mean - summary.mean) / summary.sd).flatten(), (sd / summary.sd).flatten()
 
     def _globals_table(self) -> str:
         rows: list[list[str]] = []
-        moments = [fit.moments() for fit in self.fits]
-        for label, name, index in self.global_numbers():
+        for label, name, index in self.numbers("global"):
             summary = self.reference.variables[name]
             rows.append([label, "NUTS", *(f"{float(v.flatten()[index]):.4f}" for v in (summary.mean, summary.sd))])
-            for fit, moment in zip(self.fits, moments, strict=True):
-                error, ratio = (float(value[index]) for value in self.errors(fit, name))
-                mean, sd = (f"{float(value.flatten()[index]):.4f}" for value in moment[name])
+            for fit in self.fits:
+                error, ratio = _at(self.errors(fit, name), index)
+                mean, sd = (f"{float(value.flatten()[index]):.4f}" for value in fit.moments[name])
                 rows.append(["", fit.label, mean, sd, f"{error:+.3f}", f"{ratio:.3f}"])
         headers = ["global", "posterior", "mean", "sd", "error / sd", "sd ratio"]
         return tabulate(rows, headers, colalign=("left", "left", *["right"] * 4), disable_numparse=True)
@@ -221,44 +140,49 @@ class DemoResult:
 
 def _verdict(result: DemoResult, fit: Fit) -> str:
     """Say in words, from the numbers alone, what to believe."""
-    rows = []
-    for label, name, index in result.global_numbers():
-        error, ratio = (float(value[index]) for value in result.errors(fit, name))
-        rows.append((label, error, ratio))
-    shifted, scaled = max(rows, key=lambda row: abs(row[1])), max(rows, key=lambda row: abs(math.log(row[2])))
-    lines = [
-        f"Largest errors of a global: mean of {shifted[0]}, {shifted[1]:+.2f} posterior sds; sd of {scaled[0]}, "
-        f"{_percent(scaled[2])}."
+    lines, reports = [], (fit.gaussian.head_report, fit.gaussian.tail_report)
+    for role, what in (("global", "global"), ("local", result.problem.unit)):
+        rows = [(label, *_at(result.errors(fit, name), index)) for label, name, index in result.numbers(role)]
+        shifted, scaled = max(rows, key=lambda row: abs(row[1])), max(rows, key=lambda row: abs(math.log(row[2])))
+        lines.append(
+            f"Largest errors of a {what}: mean of {shifted[0]}, {shifted[1]:+.2f} posterior sds; "
+            f"sd of {scaled[0]}, {_percent(scaled[2])}."
+        )
+        poor = [label for label, error, ratio in rows if abs(error) > _POOR or abs(math.log(ratio)) > _POOR]
+        if poor:
+            lines.append(f"Do not rely on this posterior for {_listed(poor)}.")
+    lines += [
+        f"Precision of the {what} at the end: {report}."
+        for what, report in zip(("globals", "units"), reports, strict=True)
     ]
-    errors, ratios = result.errors(fit, result.problem.local)
-    at_mean, at_sd = int(errors.abs().argmax()), int(ratios.log().abs().argmax())
-    lines.append(
-        f"Largest errors of a {result.problem.unit}: mean of {at_mean}, {errors[at_mean]:+.2f} posterior sds; sd of "
-        f"{at_sd}, {_percent(float(ratios[at_sd]))}."
-    )
-    poor = [label for label, error, ratio in rows if abs(error) > _POOR or abs(math.log(ratio)) > _POOR]
-    if poor:
-        lines.append(f"Do not rely on this posterior for {', '.join(poor)}.")
-    lines.append(f"Precision at the end: {fit.repair}.")
-    if fit.repair.num_repaired:
+    if any(report.smallest_before <= 0 for report in reports):
         lines.append("It is not positive definite without repair: the fit has not reached a maximum to trust.")
     if len(fit.elbos) < fit.steps:
         lines.append(f"Interrupted after {len(fit.elbos)} of {fit.steps} steps: this is how far it came.")
     return "\n  ".join([f"{fit.label}:", *lines])
 
 
+def _at(values: tuple[Tensor, Tensor], index: int) -> tuple[float, float]:
+    return float(values[0][index]), float(values[1][index])
+
+
 def _percent(ratio: float) -> str:
     return f"{100 * abs(ratio - 1):.0f} % too {'wide' if ratio > 1 else 'narrow'}"
 
 
-def run(name: str = "multisite", *, steps: int | None = None, seed: int = 0, progress: bool = True) -> DemoResult:
-    """Fit one example with the un-amortized and with the amortized guide.
+def _listed(names: list[str], most: int = 8) -> str:
+    rest = len(names) - most
+    return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def run(name: str = "multisite", *, steps: int = STEPS, seed: int = 0, progress: bool = True) -> DemoResult:
+    """Fit one example with three guides: un-amortized, and amortized with either head.
 
     The fits run in float64 with a parameter store and a random state of their own, and leave the caller's alone. An
-    interrupt from the keyboard ends the fit in progress, skips the next, and returns what was found.
+    interrupt from the keyboard ends the fit in progress, skips the rest, and returns what was found.
 
     :param str name: one of ``PROBLEMS``.
-    :param int steps: SVI steps per guide; each problem has its default.
+    :param int steps: SVI steps for each guide.
     :param int seed: seed of the particles.
     :param bool progress: whether to show progress bars, on stderr; they are silent where that is no terminal.
     :return: :class:`DemoResult`.
@@ -266,21 +190,17 @@ def run(name: str = "multisite", *, steps: int | None = None, seed: int = 0, pro
     """
     if name not in PROBLEMS:
         raise ValueError(f"there is no demo '{name}'; the names are: {', '.join(PROBLEMS)}")
-    problem = PROBLEMS[name]
-    steps = problem.steps if steps is None else steps
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
+    problem = PROBLEMS[name]
     with own_settings():
         args, reference = problem.example.data(), datasets.reference(name)
         fits: list[Fit] = []
-        for label, guide_class in (
-            ("un-amortized", problem.example.UnamortizedGuide),
-            ("amortized", problem.example.AmortizedGuide),
-        ):
+        for label, guide in problem.guides().items():
             torch.manual_seed(seed)
             try:
                 with pyro.get_param_store().scope():
-                    fits.append(_fit(problem, label, guide_class(*args), args, steps, progress))
+                    fits.append(_fit(problem.example.model, label, guide, args, steps, progress))
             except KeyboardInterrupt:  # after the steps, during the evaluation
                 if not fits:
                     raise
@@ -290,9 +210,15 @@ def run(name: str = "multisite", *, steps: int | None = None, seed: int = 0, pro
     return DemoResult(problem, args, reference, fits)
 
 
-def _fit(problem: Problem, label: str, guide: Any, args: tuple[Tensor, ...], steps: int, progress: bool) -> Fit:
-    model = problem.example.model
-    first, last = problem.learning_rate
+def _fit(
+    model: Callable[..., Any],
+    label: str,
+    guide: AutoLaplaceFamily,
+    args: tuple[Tensor, ...],
+    steps: int,
+    progress: bool,
+) -> Fit:
+    first, last = _LEARNING_RATE
     optimizer = ClippedAdam({"lr": first, "lrd": (last / first) ** (1 / steps), "betas": _BETAS})
     svi = SVI(model, guide, optimizer, _elbo(_PARTICLES))
     elbos: list[float] = []
@@ -312,16 +238,13 @@ def _fit(problem: Problem, label: str, guide: Any, args: tuple[Tensor, ...], ste
     elbo = torch.tensor([-_elbo(particles).loss(model, guide, *args) for _ in range(batches)])
     return Fit(
         label=label,
-        log_joint=guide.log_joint,
-        loc=gaussian.loc,
-        sd=gaussian.covariance_matrix.diagonal().sqrt(),
+        gaussian=gaussian,
         elbos=elbos,
         steps=steps,
         seconds=seconds,
-        num_parameters=sum(value.numel() for value in pyro.get_param_store().values()),
+        num_parameters=sum(parameter.numel() for parameter in guide.parameters()),
         elbo=float(elbo.mean()),
         elbo_standard_error=float(elbo.std() / batches**0.5),
-        repair=guide.report,
     )
 
 

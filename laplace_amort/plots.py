@@ -13,14 +13,17 @@ from torch import Tensor
 __all__ = ["demo_figure", "save_figure"]
 
 # Okabe and Ito's palette, which color-blind readers can tell apart; line styles tell the same in print.
-_COLORS = {"un-amortized": "#D55E00", "amortized": "#0072B2"}
+_COLORS = {"un-amortized": "#E69F00", "joint head": "#D55E00", "marginal head": "#0072B2"}
 _LINES: dict[str, dict[str, Any]] = {
-    "un-amortized": {"linestyle": (0, (3, 2)), "linewidth": 1.2, "zorder": 3},
-    "amortized": {"linestyle": "-", "linewidth": 1.8, "zorder": 2},
+    "un-amortized": {"linestyle": (0, (1, 1)), "linewidth": 1.2, "zorder": 4},
+    "joint head": {"linestyle": (0, (4, 1.5)), "linewidth": 1.4, "zorder": 3},
+    "marginal head": {"linestyle": "-", "linewidth": 1.8, "zorder": 2},
 }
 _REFERENCE, _RAW = "#000000", "#9A9A9A"
+_RAW_BARS = {"alpha": 0.4, "linewidth": 3.6}
+_BARS = {"marker": "o", "markersize": 1.8, "elinewidth": 0.9, "linestyle": "none"}
 _COLUMNS = 4
-_Z = (-1.6448536, 0.0, 1.6448536)  # normal quantiles of 5, 50 and 95 %
+_QUANTILES = 0.05, 0.5, 0.95  # the reference has these
 _STYLE = {
     "font.size": 8,
     "axes.titlesize": 8.5,
@@ -46,20 +49,23 @@ def demo_figure(result: Any) -> Any:
     :raises ImportError: if matplotlib is not installed.
     """
     matplotlib = require_matplotlib()
-    names = list(result.global_numbers())
+    names, locals_ = list(result.numbers("global")), list(result.problem.locals_)
     rows = -(-(len(names) + 1) // _COLUMNS)  # one more cell, for the legend
     with matplotlib.rc_context(_STYLE):
-        figure = matplotlib.figure.Figure(figsize=(8.0, 1.75 * rows + 3.1), layout="constrained")
+        heights = 1.75 * rows, 0.7 + 2.4 * len(locals_)
+        figure = matplotlib.figure.Figure(figsize=(8.0, sum(heights)), layout="constrained")
         figure.get_layout_engine().set(w_pad=0.06, h_pad=0.06)
-        upper, lower = figure.subfigures(2, 1, height_ratios=[1.75 * rows, 3.1])
+        upper, lower = figure.subfigures(2, 1, height_ratios=heights)
         cells = upper.subplots(rows, _COLUMNS, squeeze=False).flatten()
         for axes, (label, name, index) in zip(cells, names, strict=False):
             _draw_marginal(axes, result, label, name, index)
         for axes in cells[len(names) :]:
             axes.set_axis_off()
-        left, right = lower.subplots(1, 2, width_ratios=[2, 1])
-        _draw_units(left, result)
-        _draw_history(right, result)
+        below = lower.subplot_mosaic([[name, "history"] for name in locals_], width_ratios=[2, 1])
+        raw_estimates = result.problem.raw_estimates(result.args, result.reference)
+        for name in locals_:
+            _draw_units(below[name], result, name, raw_estimates[name])
+        _draw_history(below["history"], result)
         _draw_legend(cells[-1], matplotlib)
     return figure
 
@@ -98,10 +104,10 @@ def _draw_marginal(axes: Any, result: Any, label: str, name: str, index: int) ->
     normal = (-(z**2) / 2).exp() / (2 * torch.pi) ** 0.5
     top = 0.0
     for fit in result.fits:
-        values = _numpy(fit.at(z)[name].reshape(len(z), -1)[:, index])
+        values = _numpy(_quantiles(fit, torch.special.ndtr(z), name, index))
         density = _numpy(normal) / numpy.gradient(values, _numpy(z))  # change of variables
         axes.plot(values, density, color=_COLORS[fit.label], **_LINES[fit.label])
-        intervals.append((fit.at(z.new_tensor(_Z))[name].reshape(len(_Z), -1)[:, index].tolist(), _COLORS[fit.label]))
+        intervals.append((_quantiles(fit, _QUANTILES, name, index).tolist(), _COLORS[fit.label]))
         top = max(top, float(density.max()))
     for row, ((low, middle, high), color) in enumerate(intervals):
         height = -top * (0.1 + 0.1 * row)
@@ -115,39 +121,32 @@ def _draw_marginal(axes: Any, result: Any, label: str, name: str, index: int) ->
     axes.locator_params(axis="x", nbins=4)
 
 
-def _draw_units(axes: Any, result: Any) -> None:
-    """Every unit's raw estimate, its reference posterior and the last guide's, sorted by the reference mean."""
-    local, fit = result.problem.local, result.fits[-1]
-    summary = result.reference.variables[local]
+def _quantiles(fit: Any, quantiles: Any, name: str, index: int) -> Tensor:
+    return fit.gaussian.quantiles(quantiles)[name].reshape(len(quantiles), -1)[:, index]
+
+
+def _draw_units(axes: Any, result: Any, name: str, raw_estimates: tuple[Tensor, Tensor]) -> None:
+    """Every unit's raw estimate, its reference posterior and those of the last two guides, by the reference mean."""
+    summary, fits = result.reference.variables[name], result.fits[-2:]
     order = summary.mean.argsort()
-    raw, se, reference, reference_sd, mean, sd = (
-        _numpy(values[order])
-        for values in (
-            *result.problem.raw_estimates(result.args, result.reference),
-            summary.mean,
-            summary.sd,
-            *fit.moments()[local],
-        )
-    )
+    raw, se, center, spread = (_numpy(v[order]) for v in (*raw_estimates, summary.mean, summary.sd))
     at = numpy.arange(len(order))
     axes.axhline(0, color=_RAW, linewidth=0.6, linestyle=":", zorder=0)
-    axes.vlines(at, raw - se, raw + se, color=_RAW, alpha=0.4, linewidth=3.6, label="raw estimate ± se")
+    axes.vlines(at, raw - se, raw + se, color=_RAW, **_RAW_BARS)
     axes.plot(at, raw, linestyle="none", marker="_", color=_RAW, markersize=3.6, markeredgewidth=1.2)
-    for shift, center, spread, color, marker, label in (
-        (-0.2, reference, reference_sd, _REFERENCE, "s", "reference, mean ± sd"),
-        (0.2, mean, sd, _COLORS[fit.label], "o", f"{fit.label} guide, mean ± sd"),
-    ):
-        bars = {"color": color, "marker": marker, "markersize": 1.8, "elinewidth": 0.9, "linestyle": "none"}
-        axes.errorbar(at + shift, center, yerr=spread, label=label, **bars)
-    low, high = (reference - reference_sd).min(), (reference + reference_sd).max()
+    posteriors: list[tuple[Any, ...]] = [(center, spread, _REFERENCE)]
+    posteriors += [(*(_numpy(v[order]) for v in fit.moments[name]), _COLORS[fit.label]) for fit in fits]
+    for column, (mean, sd, color) in enumerate(posteriors):
+        axes.errorbar(at + 0.6 * (column / len(fits) - 0.5), mean, yerr=sd, color=color, **_BARS)
+    low, high = (center - spread).min(), (center + spread).max()
     margin = 0.45 * (high - low)
     _draw_beyond(axes, at, raw, low - margin, high + margin)
     axes.set_xlim(-1, len(order))
-    axes.set_ylim(max(low - margin, (raw - 1.1 * se).min()), min(high + margin, (raw + 1.1 * se).max()))
+    lowest, highest = numpy.nanmin(raw - 1.1 * se), numpy.nanmax(raw + 1.1 * se)
+    axes.set_ylim(max(low - margin, lowest), min(high + margin, highest))
     axes.set_xlabel(f"{result.problem.unit}, sorted by posterior mean")
-    axes.set_ylabel(f"{local}, {result.problem.local_label}")
+    axes.set_ylabel(f"{name}, {result.problem.locals_[name]}")
     axes.set_xticks([])
-    axes.legend(loc="lower right", frameon=False, borderaxespad=0)
 
 
 def _draw_beyond(axes: Any, at: Any, raw: Any, low: float, high: float) -> None:
@@ -195,9 +194,11 @@ def _running_mean(values: NDArray[Any], width: int = 15) -> NDArray[Any]:
 def _draw_legend(axes: Any, matplotlib: Any) -> None:
     line, patch = matplotlib.lines.Line2D, matplotlib.patches.Patch
     entries: list[tuple[Any, str]] = [(patch(color=_REFERENCE, alpha=0.1), "reference, 5 to 95 %")]
-    entries += [(line([], [], color=_COLORS[k], **_LINES[k]), f"{k} guide") for k in _COLORS]
-    bars = {"linewidth": 1.2, "marker": "|", "markersize": 5, "color": _REFERENCE}
-    entries += [(line([], [], **bars), "5, 50 and 95 % quantiles")]
+    entries += [(line([], [], color=_COLORS[k], **_LINES[k]), k) for k in _COLORS]
+    ticks = {"linewidth": 1.2, "marker": "|", "markersize": 5, "color": _REFERENCE}
+    entries += [(line([], [], **ticks), "5, 50 and 95 % quantiles")]
+    entries += [(axes.errorbar([], [], yerr=[], color=_REFERENCE, **_BARS), "unit, mean ± sd")]
+    entries += [(line([], [], color=_RAW, **_RAW_BARS), "unit, raw estimate ± se")]
     axes.legend(*zip(*entries, strict=True), loc="center left", frameon=False, borderaxespad=0)
 
 

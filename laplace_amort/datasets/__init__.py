@@ -18,8 +18,8 @@ from torch import Tensor
 
 __all__ = ["DATASETS", "REFERENCES", "Reference", "Summary", "load", "reference"]
 
-DATASETS = ("effects_errors", "epil")
-REFERENCES = ("multisite", "epil")
+DATASETS = ("effects_errors", "epil", "radon_mn")
+REFERENCES = ("multisite", "epil", "radon")
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,10 @@ def load(name: str) -> dict[str, Tensor]:
     ``"epil"``, 236 rows, four per patient of an epilepsy trial: ``subject`` number of the patient, from 0; ``period``
     1 to 4, successive periods of two weeks; ``y`` seizures in the period; ``trt`` 1 for progabide, 0 for placebo;
     ``base`` seizures in the eight weeks before treatment; ``age`` in years.
+
+    ``"radon_mn"``, 919 rows, one per home in Minnesota: ``county`` number of the county, from 0 to 84; ``floor`` 0 if
+    the radon was measured in the basement, 1 on the ground floor; ``log_radon`` natural logarithm of its activity in
+    pCi/L.
 
     :param str name: one of ``DATASETS``.
     :raises ValueError: if there is no data set of that name.
