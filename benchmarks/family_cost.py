@@ -91,8 +91,8 @@ def main() -> None:
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
     print(machine())
-    rows, growth = [], []
     for particles in chosen.particles:
+        rows: list[tuple[Any, ...]] = []
         times: dict[str, list[float]] = {name: [] for name in guides()}
         for num_units in chosen.units:
             data = counts(num_units)
@@ -101,23 +101,15 @@ def main() -> None:
             for name, time in measured.items():
                 times[name].append(time)
                 memory = peak_mebibytes(steps[name])
-                rows.append(
-                    (
-                        particles,
-                        num_units,
-                        name,
-                        1e3 * time,
-                        time / measured["AutoNormal"],
-                        memory,
-                        2**20 * memory / num_units,
-                    )
-                )
-        growth += [
-            (particles, name, exponent(chosen.units, values)) for name, values in times.items() if len(values) > 1
-        ]
-    columns = ["particles", "units", "guide", "milliseconds", "ratio", "peak MiB", "bytes per unit"]
-    print_ratios("one step", columns, rows)
-    print_ratios("growth of the time in the number of units", ["particles", "guide", "exponent"], growth)
+                ratio, bytes_per_unit = time / measured["AutoNormal"], 2**20 * memory / num_units
+                rows.append((num_units, name, 1e3 * time, ratio, memory, bytes_per_unit))
+        columns = ["units", "guide", "milliseconds", "ratio", "peak MiB", "bytes per unit"]
+        print_ratios(f"one step, {particles} particles", columns, rows)
+        if len(chosen.units) > 1:
+            growth = [(name, exponent(chosen.units, values)) for name, values in times.items()]
+            print_ratios(
+                f"growth of the time in the number of units, {particles} particles", ["guide", "exponent"], growth
+            )
 
 
 if __name__ == "__main__":

@@ -151,10 +151,8 @@ def _verdict(result: DemoResult, fit: Fit) -> str:
         poor = [label for label, error, ratio in rows if abs(error) > _POOR or abs(math.log(ratio)) > _POOR]
         if poor:
             lines.append(f"Do not rely on this posterior for {_listed(poor)}.")
-    lines += [
-        f"Precision of the {what} at the end: {report}."
-        for what, report in zip(("globals", "units"), reports, strict=True)
-    ]
+    units = "globals (1: as with all units known)", "units (in hundredths of their diagonals)"
+    lines += [f"Precision of the {what} at the end: {report}." for what, report in zip(units, reports, strict=True)]
     if any(report.smallest_before <= 0 for report in reports):
         lines.append("It is not positive definite without repair: the fit has not reached a maximum to trust.")
     if len(fit.elbos) < fit.steps:

@@ -6,8 +6,8 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from family_models import FAMILY_MODELS, poisson
-from models import counts, normals
+from family_models import FAMILY_MODELS, closed_form, poisson
+from models import conjugate_normal, counts, normals
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide.initialization import init_to_value
 
@@ -63,18 +63,6 @@ def heavy_tails(z):
     with pyro.plate("units", len(z)):
         y = pyro.sample("y", dist.StudentT(3.0, mu, 2.0))
         pyro.sample("z", dist.StudentT(2.0, y, 0.2), obs=z)
-
-
-def conjugate(z):
-    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
-    with pyro.plate("units", len(z)):
-        y = pyro.sample("y", dist.Normal(mu, 0.7))
-        pyro.sample("z", dist.Normal(y, 0.5), obs=z)
-
-
-def closed_form(values, z):
-    share = 0.7**-2 / (0.7**-2 + 0.5**-2)
-    return {"y": share * values["mu"] + (1 - share) * z}
 
 
 def check(model, guide, *args, **settings):
@@ -134,9 +122,9 @@ def test_indefinite_tails_are_repaired_unit_by_unit():
 
 
 def test_closed_form_modes_and_other_elbos_pass():
-    guide = AutoLaplaceFamily(conjugate, ClosedFormMode(closed_form))
+    guide = AutoLaplaceFamily(conjugate_normal, ClosedFormMode(closed_form))
     for elbo in (Trace_ELBO(2, vectorize_particles=True), TraceMeanField_ELBO(num_particles=2)):
-        assert check(conjugate, guide, normals(3), elbo=elbo).ok
+        assert check(conjugate_normal, guide, normals(3), elbo=elbo).ok
 
 
 def test_the_unit_plate_of_the_guide_is_the_one_expected():
@@ -255,8 +243,8 @@ def test_a_mode_without_derivative_fails():
         def find(self, problem, global_, start):
             return super().find(problem, global_.detach(), start)
 
-    guide = AutoLaplaceFamily(conjugate, Frozen(closed_form))
-    assert failing_rows(conjugate, guide, normals(2)) == {"ELBO gradient", "mean of 'y'"}
+    guide = AutoLaplaceFamily(conjugate_normal, Frozen(closed_form))
+    assert failing_rows(conjugate_normal, guide, normals(2)) == {"ELBO gradient", "mean of 'y'"}
 
 
 def test_a_head_of_an_unknown_kind_needs_its_expectation():
@@ -268,11 +256,11 @@ def test_a_head_of_an_unknown_kind_needs_its_expectation():
         def _addition(self, units, point, schur, head):
             return schur, torch.zeros_like(schur)
 
-    guide = AutoLaplaceFamily(conjugate, head=doubled)
+    guide = AutoLaplaceFamily(conjugate_normal, head=doubled)
     with pytest.raises(GuideCheckError, match=r"no expectation is known for the head .*\n    CheckSettings\(prec"):
-        check(conjugate, guide, normals(3))
-    assert check(conjugate, guide, normals(3), precision=Doubled()).ok
-    assert failing_rows(conjugate, guide, normals(3), precision=JointPrecision()) == {"partial Hessian"}
+        check(conjugate_normal, guide, normals(3))
+    assert check(conjugate_normal, guide, normals(3), precision=Doubled()).ok
+    assert failing_rows(conjugate_normal, guide, normals(3), precision=JointPrecision()) == {"partial Hessian"}
 
 
 # ------------------------------------------------------------------------------------------ the oracle

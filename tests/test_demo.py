@@ -95,8 +95,10 @@ def test_a_short_run_reports_every_global_of_every_guide(result, name, globals_,
     for fit in found.fits:
         assert len(fit.elbos) == 3
         assert f"{fit.elbo:.3f} ± {fit.elbo_standard_error:.3f}" in text
-        assert f"Precision of the globals at the end: {fit.gaussian.head_report}." in text
-        assert f"Precision of the units at the end: {fit.gaussian.tail_report}." in text
+        assert f"Precision of the globals (1: as with all units known) at the end: {fit.gaussian.head_report}." in text
+        assert (
+            f"Precision of the units (in hundredths of their diagonals) at the end: {fit.gaussian.tail_report}." in text
+        )
     assert f"{found.reference.log_evidence:.3f}" in text
 
 

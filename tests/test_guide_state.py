@@ -8,8 +8,19 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from family_models import EXACT, constrained, loss_of, poisson, same, saved, step, with_parameter, with_state
-from models import counts, normals
+from family_models import (
+    EXACT,
+    closed_form,
+    constrained,
+    loss_of,
+    poisson,
+    same,
+    saved,
+    step,
+    with_parameter,
+    with_state,
+)
+from models import conjugate_normal, counts, normals
 from pyro.infer import SVI, Trace_ELBO
 from pyro.nn import PyroModule, PyroParam, PyroSample, pyro_method
 from torch import Tensor, nn
@@ -20,19 +31,6 @@ from laplace_amort.guides import AutoLaplaceFamily
 from laplace_amort.heads import JointCurvature, MarginalCurvature
 from laplace_amort.modes import ClosedFormMode, FreeMode, NewtonMode
 from laplace_amort.repair import NoRepair
-
-
-def conjugate(z):
-    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
-    with pyro.plate("units", len(z)):
-        y = pyro.sample("y", dist.Normal(mu, 0.7))
-        pyro.sample("z", dist.Normal(y, 0.5), obs=z)
-
-
-def closed_form(values, z):
-    share = 0.7**-2 / (0.7**-2 + 0.5**-2)
-    return {"y": share * values["mu"] + (1 - share) * z}
-
 
 # ----------------------------------------------------------------------------------------------------------- parameters
 
@@ -54,14 +52,14 @@ LEARNED = {
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_parameters_are_where_the_globals_stand_and_what_the_strategies_learn(name):
-    guide, z = AutoLaplaceFamily(conjugate, **STRATEGIES[name]), normals(4)
-    before = loss_of(conjugate, guide, z)
+    guide, z = AutoLaplaceFamily(conjugate_normal, **STRATEGIES[name]), normals(4)
+    before = loss_of(conjugate_normal, guide, z)
     assert before.isfinite()
     assert set(pyro.get_param_store()) == {"AutoLaplaceFamily.loc"} | LEARNED.get(name, set())
     leaves = dict(pyro.get_param_store().named_parameters())
     assert {id(leaf) for leaf in leaves.values()} == {id(leaf) for leaf in guide.parameters()}
     old = {leaf: value.detach().clone() for leaf, value in leaves.items()}
-    step(conjugate, guide, z)
+    step(conjugate_normal, guide, z)
     for leaf, value in pyro.get_param_store().named_parameters():
         assert (value != old[leaf]).all(), leaf
 
@@ -72,18 +70,21 @@ def test_strategies_that_agree_have_one_loss():
     losses = []
     for name in ("newton", "closed form", "joint head", "marginal head", "no repair"):
         pyro.clear_param_store()
-        losses.append(loss_of(conjugate, AutoLaplaceFamily(conjugate, **STRATEGIES[name]), z))
+        losses.append(loss_of(conjugate_normal, AutoLaplaceFamily(conjugate_normal, **STRATEGIES[name]), z))
     for loss in losses[1:]:
         torch.testing.assert_close(loss, losses[0], **EXACT)
 
 
 def test_a_boost_narrows_the_guide_and_learns():
     z = normals(4)
-    plain, boosted = AutoLaplaceFamily(conjugate), AutoLaplaceFamily(conjugate, repair=Boost(strength=0.5))
+    plain, boosted = (
+        AutoLaplaceFamily(conjugate_normal),
+        AutoLaplaceFamily(conjugate_normal, repair=Boost(strength=0.5)),
+    )
     assert boosted.gaussian(z).precision.global_variance() < plain.gaussian(z).precision.global_variance()
     pyro.set_rng_seed(0)
     elbo = Trace_ELBO(num_particles=200, vectorize_particles=True)
-    svi = SVI(conjugate, boosted, pyro.optim.Adam({"lr": 0.1}), elbo)
+    svi = SVI(conjugate_normal, boosted, pyro.optim.Adam({"lr": 0.1}), elbo)
     strength = [repair.strength.detach().clone() for repair in (boosted.head_repair, boosted.tail_repair)]
     for _ in range(20):
         svi.step(z)
@@ -95,7 +96,7 @@ def test_a_boost_narrows_the_guide_and_learns():
 def test_a_strategy_is_a_template():
     """Two guides from one repair and one mode share nothing."""
     z, repair, mode = normals(4), Boost(), FreeMode()
-    first, second = (AutoLaplaceFamily(conjugate, mode, repair=repair) for _ in range(2))
+    first, second = (AutoLaplaceFamily(conjugate_normal, mode, repair=repair) for _ in range(2))
     first(z)
     pyro.clear_param_store()
     second(z)
