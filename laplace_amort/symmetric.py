@@ -46,7 +46,8 @@ def symmetric_part(matrix: Tensor) -> Tensor:
         return matrix
     _check_finite(values)
     defect = (values - values.mT).abs()
-    if (defect > 1e-3 * values.abs().amax(dim=(-2, -1), keepdim=True)).any():
+    size = values.abs().amax(dim=(-2, -1), keepdim=True)
+    if (defect > 1e-3 * size + torch.finfo(values.dtype).tiny).any():  # below tiny all digits are lost
         raise ValueError(
             f"the matrix is not symmetric: it differs from its transpose by {float(defect.max()):.3g}; a precision "
             "matrix is symmetric, so look at how it was assembled"

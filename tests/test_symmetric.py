@@ -131,7 +131,7 @@ def test_eigh(name):
     check_eigh(1e200 * matrix)
 
 
-@given(batch=batches(max_size=2), power=st.sampled_from([-300, -20, 0, 20, 300]))
+@given(batch=batches(max_size=2), power=st.sampled_from([-290, -20, 0, 20, 290]))
 def test_eigh_of_batches(batch, power):
     check_eigh(batch * 10.0**power)
 
