@@ -152,12 +152,14 @@ class Slopes(NamedTuple):
     :param Tensor local: copy of the units, ``(N, k)``.
     :param Tensor in_global: gradient in the globals, ``(d,)``.
     :param Tensor in_local: gradient in the units, ``(N, k)``.
+    :param Tensor value: the log joint itself, a scalar.
     """
 
     global_: Tensor
     local: Tensor
     in_global: Tensor
     in_local: Tensor
+    value: Tensor
 
     def blocks(self) -> ArrowheadBlocks:
         """The blocks of the information, all of them finite."""
@@ -190,9 +192,10 @@ def slopes_at(log_joint: LogJoint, global_: Tensor, local: Tensor) -> Slopes:
             "for each unit and k at least 1. Reshape them:\n    global_.reshape(-1), local.reshape(num_units, -1)"
         )
     with torch.enable_grad():
-        copies = independent_copies((global_, local))
-        slopes = gradients(log_joint_at(log_joint, copies, _NAMES), copies, _NAMES)
-    return Slopes(*copies, *slopes)
+        theta, y = independent_copies((global_, local))
+        value = log_joint_at(log_joint, (theta, y), _NAMES)
+        in_global, in_local = gradients(value, (theta, y), _NAMES)
+    return Slopes(theta, y, in_global, in_local, value)
 
 
 def reverse_passes(outputs: Sequence[Tensor], seeds: Sequence[Tensor], values: Sequence[Tensor]) -> list[Tensor]:

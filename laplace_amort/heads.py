@@ -11,12 +11,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
-import torch
 from torch import Tensor
 
-from laplace_amort import blocks
 from laplace_amort.arrowhead import Arrowhead
-from laplace_amort.arrowhead_information import LogJoint, local_curvature, reverse_passes, slopes_at
+from laplace_amort.arrowhead_information import LogJoint
+from laplace_amort.marginal import LogDetAlongMode
 
 __all__ = ["Head", "JointCurvature", "MarginalCurvature"]
 
@@ -69,14 +68,9 @@ class MarginalCurvature:
 
     .. math:: S + \nabla^2_\theta\, h(\theta, \hat y(\theta)), \qquad h = \tfrac{w}{2} \sum_i \log|U_i|,
 
-    the total second derivative along the mode, for the weight :math:`w` of a minibatch. No mode is differentiated for
-    it: with :math:`V = (I, -W)` for the derivative of :math:`(\theta, \hat y)`, and the adjoint
-    :math:`a_i = U_i^{-1} \nabla_{y_i} h` for the second derivative of the mode, it is
-
-    .. math:: V^\top \nabla^2 \Big( h + \sum_i a_i^\top \nabla_{y_i} f \Big) V \qquad \text{with } a, W \text{ fixed,}
-
-    ``d`` reverse passes along :math:`V`. Derivatives of the result are exact, :math:`a` and :math:`W` included: they
-    take five derivatives of the log joint, all of which torch must have.
+    the total second derivative along the mode, for the weight :math:`w` of a minibatch, by
+    :class:`~laplace_amort.marginal.LogDetAlongMode`. Derivatives of the result are exact: they take five derivatives of
+    the log joint, all of which torch must have.
 
     Do not use it away from the mode of the units, as with free modes that have not converged: it knows no other
     derivative of the mode than :math:`-W`. It costs several times what the information itself does.
@@ -104,21 +98,5 @@ class MarginalCurvature:
         self, log_joint: LogJoint, global_: Tensor, local: Tensor, arrowhead: Arrowhead, weight: float = 1.0
     ) -> Tensor:
         """Return the Schur complement and the curvature of the log-determinants, ``(d, d)``."""
-        # Derivatives along the mode see the copies `there`; what is fixed along it hangs on the arguments by `here`.
-        with torch.enable_grad():
-            here, there = (slopes_at(log_joint, global_, local) for _ in range(2))
-            tail, tail_there = (local_curvature(at.in_local, at.local) for at in (here, there))
-        covariance, regression = arrowhead.conditional_covariance(), arrowhead.regression
-        pull = weight / 2 * covariance  # of the log-determinants on the elements of the tails
-        (slope,) = reverse_passes([tail], [pull.unsqueeze(0)], [here.local])
-        adjoint = blocks.matvec(covariance, slope.squeeze(0))
-        with torch.enable_grad():
-            # The inverse changes along the mode: d(U^-1) = -U^-1 dU U^-1. More than the first order is not needed.
-            change = blocks.multiply(blocks.multiply(pull, tail_there - tail), covariance)
-            outputs, seeds = [tail_there, there.in_local], [pull - change, adjoint]
-            first = reverse_passes(outputs, [seed.unsqueeze(0) for seed in seeds], [there.global_, there.local])
-        identity = torch.eye(len(global_), dtype=global_.dtype, device=global_.device)
-        along = [identity.unsqueeze(1), -regression.movedim(-1, 0).unsqueeze(1)]
-        second = reverse_passes(first, along, [there.global_, there.local])
-        curvature = second[0] - second[1].flatten(1) @ regression.flatten(0, 1)
-        return arrowhead.schur_complement + (curvature + curvature.mT) / 2
+        log_dets = LogDetAlongMode(log_joint, global_, local, arrowhead, weight)
+        return arrowhead.schur_complement + log_dets.curvature()

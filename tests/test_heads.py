@@ -14,7 +14,7 @@ from separable import KnownMode, Separable, known_modes, separable
 from strategies import standard_normal
 from torch.autograd import gradcheck
 
-from laplace_amort import SoftAbs, blocks, heads
+from laplace_amort import SoftAbs, blocks, marginal
 from laplace_amort.arrowhead import Arrowhead
 from laplace_amort.arrowhead_information import arrowhead_information, local_information
 from laplace_amort.heads import Head, JointCurvature, MarginalCurvature
@@ -276,7 +276,7 @@ def test_a_planted_bug_is_found(bug, monkeypatch):
     name, wrong, value_is_right = BUGS[bug]
     assert max(errors_there()) < 1e-9
     replaced = {"matvec": blocks.matvec, "multiply": blocks.multiply, name: wrong}
-    monkeypatch.setattr(heads, "blocks", types.SimpleNamespace(**replaced))
+    monkeypatch.setattr(marginal, "blocks", types.SimpleNamespace(**replaced))
     value, gradient = errors_there()
     assert (value < 1e-9) is value_is_right
     assert gradient > 1e-3
