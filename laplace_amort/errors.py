@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 __all__ = [
+    "NUMERICAL_ERRORS",
     "GuideCheckError",
     "InformationError",
     "LaplaceAmortError",
@@ -15,6 +18,8 @@ __all__ = [
     "PathError",
     "PathLeakError",
     "PathMissingWarning",
+    "RecordingError",
+    "ResumeError",
     "StructureError",
 ]
 
@@ -51,6 +56,14 @@ class StructureError(LaplaceAmortError, ValueError):
     """The information of a model is no block arrowhead: units are not independent of each other given the globals."""
 
 
+class RecordingError(LaplaceAmortError, RuntimeError):
+    """A log joint cannot be recorded as a fixed list of tensor operations; a fit then runs the model itself."""
+
+
+class ResumeError(LaplaceAmortError, ValueError):
+    """A fit cannot go on from what was saved, because it is the state of another fit."""
+
+
 class ModeNotFoundError(LaplaceAmortError, ArithmeticError):
     """The conditional mode of some units was not found.
 
@@ -75,3 +88,7 @@ class GuideCheckError(LaplaceAmortError, AssertionError):
     def __init__(self, message: str, report: object = None) -> None:
         super().__init__(message)
         self.report = report
+
+
+NUMERICAL_ERRORS = (ModeNotFoundError, NotPositiveDefiniteError, InformationError, torch.linalg.LinAlgError)
+"""What is raised where a density overflows or a mode is lost: a place to step back from, not a mistake."""

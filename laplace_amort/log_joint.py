@@ -144,7 +144,8 @@ class LogJoint:
             raise ModelError(f"the latent sites of the model changed between runs: {changed}; they must be fixed")
         total: Any = trace.log_prob_sum()
         for name, log_jacobian in feed.log_jacobians.items():
-            total = total + subsample_scale_of(plates_of(trace.nodes[name])) * log_jacobian.sum()
+            if feed.transforms[name] is not IDENTITY:
+                total = total + subsample_scale_of(plates_of(trace.nodes[name])) * log_jacobian.sum()
         return total
 
     def pack(self, values: Mapping[str, Tensor]) -> Tensor:
@@ -234,6 +235,12 @@ class LogJoint:
                 return init_to_zero(site)
 
         return self._run(InitMessenger(init))
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Return the model's own parameters (``pyro.param``, weights of modules) by name: the unconstrained leaves."""
+        nodes: Any = self._run(InitMessenger(init_to_zero)).nodes
+        values = {name: node["value"].unconstrained() for name, node in nodes.items() if node["type"] == "param"}
+        return {name: value for name, value in values.items() if value.requires_grad}
 
     def log_jacobian(self, packed: Tensor) -> Tensor:
         r"""Return :math:`\log|\partial x/\partial u|` at a packed ``(D,)``, a scalar; without subsampling factors."""

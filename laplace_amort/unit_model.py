@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from laplace_amort.errors import ModelError
 from laplace_amort.handlers import SubsampledPlate
 from laplace_amort.layout import UnitLayout, find_layout
 from laplace_amort.log_joint import LogJoint
+from laplace_amort.recording import Recording, record
 
 __all__ = ["UnitModel", "UnitModels"]
 
@@ -31,6 +33,24 @@ class UnitModel:
         self.density = density
         self.layout = layout
         self.units = units
+        self.recording: Recording | None = None
+
+    def recorded(self, global_: Tensor, local: Tensor) -> UnitModel:
+        """Return the same model as a recording of its tensor operations, for many evaluations with the same data.
+
+        :param Tensor global_: where to record, ``(d,)``.
+        :param Tensor local: ``(N, k)``.
+        :raises RecordingError: if it cannot be recorded; see :func:`~laplace_amort.recording.record`.
+        """
+        other = copy.copy(self)
+        other.recording = record(self.log_joint, global_, local)
+        return other
+
+    def live(self) -> UnitModel:
+        """Return the same model as runs of its Python."""
+        other = copy.copy(self)
+        other.recording = None
+        return other
 
     @property
     def args(self) -> tuple[Any, ...]:
@@ -44,6 +64,8 @@ class UnitModel:
 
     def log_joint(self, global_: Tensor, local: Tensor) -> Tensor:
         """Evaluate the log joint in unconstrained space, a scalar; arguments that overflow give NaN, not an error."""
+        if self.recording is not None:
+            return self.recording(global_, local)
         # A trial point of a mode search may overflow in one unit; that unit alone is to step back.
         with pyro.validation_enabled(False):
             return self.density.evaluate(self.layout.to_sites(global_, local))
