@@ -15,9 +15,14 @@ from laplace_amort.errors import (
     PathError,
     PathLeakError,
     PathMissingWarning,
+    RecordingError,
+    ResumeError,
     StructureError,
 )
 from laplace_amort.family import LaplaceGaussian
+from laplace_amort.fit_result import FitResult, Optimum
+from laplace_amort.fit_status import FitStatus
+from laplace_amort.fitting import fit
 from laplace_amort.guides import AutoLaplaceFamily
 from laplace_amort.heads import JointCurvature, MarginalCurvature
 from laplace_amort.information import observed_information, subsample_information
@@ -25,8 +30,12 @@ from laplace_amort.layout import UnitLayout
 from laplace_amort.log_joint import LogJoint
 from laplace_amort.modes import ClosedFormMode, FreeMode, NewtonMode
 from laplace_amort.modified_cholesky import ModifiedCholesky
+from laplace_amort.objectives import FixedDrawELBO, MarginalLaplace
+from laplace_amort.optimizers import QuasiNewton, TrustRegion
 from laplace_amort.params import dual_path_param
 from laplace_amort.repair import NoRepair, RepairReport, SoftAbs
+from laplace_amort.run import Step
+from laplace_amort.stochastic import Stochastic
 
 __version__ = "0.1.0"
 
@@ -38,6 +47,9 @@ __all__ = [
     "ClosedFormMode",
     "DualPath",
     "DualPathParam",
+    "FitResult",
+    "FitStatus",
+    "FixedDrawELBO",
     "FreeMode",
     "GuideCheckError",
     "InformationError",
@@ -46,6 +58,7 @@ __all__ = [
     "LaplaceGaussian",
     "LogJoint",
     "MarginalCurvature",
+    "MarginalLaplace",
     "ModeNotFoundError",
     "ModeWarning",
     "ModelError",
@@ -53,18 +66,26 @@ __all__ = [
     "NewtonMode",
     "NoRepair",
     "NotPositiveDefiniteError",
+    "Optimum",
     "PathError",
     "PathLeakError",
     "PathMissingWarning",
+    "QuasiNewton",
+    "RecordingError",
     "RepairReport",
+    "ResumeError",
     "SoftAbs",
+    "Step",
+    "Stochastic",
     "StructureError",
+    "TrustRegion",
     "UnitLayout",
     "arrowhead_information",
     "check_paths",
     "check_structure",
     "dual_path",
     "dual_path_param",
+    "fit",
     "observed_information",
     "subsample_information",
 ]

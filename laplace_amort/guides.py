@@ -123,7 +123,7 @@ class AutoLaplaceFamily(AutoGuide):
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Sample every latent site of the model; returns constrained values by site."""
         refuse_without_autograd()
-        return self._gaussian(self._unit_model(args, kwargs)).sample_sites(self._pyro_name, self.plates)
+        return self.gaussian_of(self._unit_model(args, kwargs)).sample_sites(self._pyro_name, self.plates)
 
     @pyro_method
     def gaussian(self, *args: Any, **kwargs: Any) -> LaplaceGaussian:
@@ -133,7 +133,46 @@ class AutoLaplaceFamily(AutoGuide):
         """
         refuse_without_autograd()
         with pyro.poutine.block():
-            return self._gaussian(self._unit_model(args, kwargs))
+            return self.gaussian_of(self._unit_model(args, kwargs))
+
+    @pyro_method
+    def unit_model(self, *args: Any, **kwargs: Any) -> UnitModel:
+        """Return the model, for these arguments, as a function of globals and units; set up the guide if need be.
+
+        Of a subsampled plate it has the units of one minibatch.
+        """
+        with pyro.poutine.block():
+            return self._unit_model(args, kwargs)
+
+    @pyro_method
+    def gaussian_of(
+        self, unit_model: UnitModel, *, mode: Mode | None = None, head: Head | None = None
+    ) -> LaplaceGaussian:
+        """Return the Gaussian that this guide is for a model that is at hand, differentiable in its parameter.
+
+        :param UnitModel unit_model: as from :meth:`unit_model`.
+        :param mode: another one than the guide's.
+        :param head: another one than the guide's.
+        """
+        theta = dual_path(self.loc)
+        units = unit_model.units
+        mode, head = mode or self.mode, head or self.head
+        local_loc = mode.find(unit_model, theta.mean, self.warm_start.at(units, theta.mean))
+        weight = unit_model.layout.weight
+        blocks = arrowhead_information(unit_model.log_joint, theta.curvature, local_loc)
+        tail, tail_report = repair_tails(self.tail_repair, blocks.tail)
+        scaled = Arrowhead(blocks.head, blocks.border, tail)
+        schur = head(unit_model.log_joint, theta.curvature, local_loc, scaled, weight)
+        self.warm_start.remember(units, theta.mean, local_loc, scaled.regression)
+        schur, head_report = repair_head(self.head_repair, schur, blocks.head)
+        return LaplaceGaussian(
+            unit_model=unit_model,
+            global_loc=theta.mean,
+            local_loc=local_loc,
+            precision=scaled.with_schur(schur).unscale(weight),
+            head_report=head_report,
+            tail_report=tail_report,
+        )
 
     @torch.no_grad()
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -158,26 +197,6 @@ class AutoLaplaceFamily(AutoGuide):
     def attach(self, model: Callable[..., Any]) -> None:
         """Give back its model to a guide that was saved without: a function that cannot be imported by name."""
         self._model = (model,)
-
-    def _gaussian(self, unit_model: UnitModel) -> LaplaceGaussian:
-        theta = dual_path(self.loc)
-        units = unit_model.units
-        local_loc = self.mode.find(unit_model, theta.mean, self.warm_start.at(units, theta.mean))
-        weight = unit_model.layout.weight
-        blocks = arrowhead_information(unit_model.log_joint, theta.curvature, local_loc)
-        tail, tail_report = repair_tails(self.tail_repair, blocks.tail)
-        scaled = Arrowhead(blocks.head, blocks.border, tail)
-        schur = self.head(unit_model.log_joint, theta.curvature, local_loc, scaled, weight)
-        self.warm_start.remember(units, theta.mean, local_loc, scaled.regression)
-        schur, head_report = repair_head(self.head_repair, schur, blocks.head)
-        return LaplaceGaussian(
-            unit_model=unit_model,
-            global_loc=theta.mean,
-            local_loc=local_loc,
-            precision=scaled.with_schur(schur).unscale(weight),
-            head_report=head_report,
-            tail_report=tail_report,
-        )
 
     def _unit_model(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> UnitModel:
         """Open the plates of this call and see the model through their indices; set up in the first call."""

@@ -11,7 +11,6 @@ Hessian).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import IntEnum
 from typing import NamedTuple
 
 import torch
@@ -21,6 +20,7 @@ from laplace_amort import blocks
 from laplace_amort.arrowhead_information import LogJoint, local_curvature
 from laplace_amort.derivatives import differentiate
 from laplace_amort.repair import Repair
+from laplace_amort.statuses import Status
 
 __all__ = ["ModeStatus", "NewtonPoint", "NewtonSearch", "SearchResult", "default_tolerance", "evaluate", "newton_point"]
 
@@ -40,7 +40,7 @@ _STALLED = 1e-6
 _PIVOT, _COORDINATE = 64, 4
 
 
-class ModeStatus(IntEnum):
+class ModeStatus(Status):
     """How the search for the mode of a unit ended; ``str(status)`` is the sentence that a user reads.
 
     Example::
@@ -54,18 +54,6 @@ class ModeStatus(IntEnum):
     NOT_FINITE = 2, "the gradient or the curvature overflows or is NaN where the search begins: start elsewhere"
     STALLED = 3, "steps came to nothing: is there a kink (abs, max, Laplace density) at the mode, or none at all?"
     NOT_MAXIMUM = 4, "the gradient is zero where the log joint is flat or curves upwards: is there a unique mode?"
-
-    sentence: str
-
-    def __new__(cls, code: int, sentence: str) -> ModeStatus:
-        """Attach the sentence to its code."""
-        member = int.__new__(cls, code)
-        member._value_ = code
-        member.sentence = sentence
-        return member
-
-    def __str__(self) -> str:
-        return self.sentence
 
 
 class NewtonPoint(NamedTuple):

@@ -49,6 +49,16 @@ class WarmStart(nn.Module):
         self.intercept[units] = local + regression @ global_
         self.slope[units] = regression
 
+    def state(self) -> tuple[Tensor, Tensor]:
+        """Return a copy of what is remembered."""
+        return self.intercept.clone(), self.slope.clone()
+
+    @torch.no_grad()
+    def restore(self, state: tuple[Tensor, Tensor]) -> None:
+        """Bring back what :meth:`state` returned."""
+        self.intercept.copy_(state[0])
+        self.slope.copy_(state[1])
+
     def resized(self, num_units: int) -> WarmStart:
         """Return one for another number of units, which knows nothing of them but their average."""
         other = WarmStart(self.intercept.mean(0).expand(num_units, -1), self.slope.shape[-1])

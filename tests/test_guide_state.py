@@ -229,14 +229,14 @@ def tensors_in(value, seen):
 def test_nothing_of_a_step_stays(model, options, monkeypatch):
     guide, z = AutoLaplaceFamily(model, **options), counts(5)
     made = []
-    original = AutoLaplaceFamily._gaussian
+    original = AutoLaplaceFamily.gaussian_of
 
-    def recorded(self, unit_model):
-        gaussian = original(self, unit_model)
+    def recorded(self, unit_model, **others):
+        gaussian = original(self, unit_model, **others)
         made.extend(weakref.ref(part) for part in (gaussian, gaussian.precision, gaussian.local_loc))
         return gaussian
 
-    monkeypatch.setattr(AutoLaplaceFamily, "_gaussian", recorded)
+    monkeypatch.setattr(AutoLaplaceFamily, "gaussian_of", recorded)
     step(model, guide, z)
     keys = set(vars(guide))
     step(model, guide, z)

@@ -1,0 +1,214 @@
+"""Optimizers of deterministic objectives: SciPy's, in coordinates where a posterior is standard normal."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy
+import scipy.optimize
+
+from laplace_amort.coordinates import Coordinates, Vector
+from laplace_amort.evaluation import Evaluation, Function, Maximum
+from laplace_amort.fit_status import FitStatus
+
+__all__ = ["Optimizer", "QuasiNewton", "TrustRegion", "newton_decrement"]
+
+# Past this many parameters a dense inverse Hessian costs more than it saves.
+_DENSE = 300
+# How often coordinates are taken anew where an optimizer ends short of the tolerance.
+_ROUNDS = 6
+# Posterior standard deviations from the optimum within which Newton's own step is to be trusted.
+_NEAR = 0.1
+# The same, that one step may go at most.
+_FARTHEST = 1e6
+
+
+@runtime_checkable
+class Optimizer(Protocol):
+    """What makes an objective large; any object with this method."""
+
+    def maximize(self, function: Function, start: Vector, coordinates: Callable[[], Coordinates]) -> Maximum:
+        """Maximize from a start where the function exists.
+
+        :param function: returns an :class:`Evaluation`; one of minus infinity where it does not exist.
+        :param Vector start: ``(P,)``.
+        :param coordinates: returns some in which the function is about spherical.
+        """
+
+
+@dataclass(frozen=True)
+class TrustRegion:
+    """Newton's method in a trust region, by SciPy's ``trust-exact``; for objectives that have their second derivative.
+
+    It leaves saddles, and its steps are bounded where the second derivative is no guide. Do not use it for an objective
+    without second derivative: :class:`QuasiNewton`.
+
+    :param float tolerance: largest Newton decrement that counts as convergence, in posterior standard deviations. By
+        default 1e-6; the last step makes it smaller by orders of magnitude.
+    :param int max_steps: trial steps at most.
+    """
+
+    tolerance: float = 1e-6
+    max_steps: int = 200
+
+    def maximize(self, function: Function, start: Vector, coordinates: Callable[[], Coordinates]) -> Maximum:
+        """See :class:`Optimizer`; the coordinates are those of the second derivative, taken anew in each round."""
+        search = _Search(function, start, newton_decrement, self.tolerance, self.max_steps)
+        while not search.over:
+            information = search.best.information
+            if information is None:
+                raise TypeError("TrustRegion needs an objective with second derivatives, such as MarginalLaplace()")
+            search.recenter(Coordinates.of_information(information))
+            # Newton's own step is the first trial; where it leads nowhere, the region shrinks at once.
+            radius = min(max(1.0, float(numpy.linalg.norm(search.slope(search.best_u)))), _FARTHEST / 2)
+            options = {"gtol": 0.0, "maxiter": self.max_steps, "initial_trust_radius": radius}
+            options["max_trust_radius"] = _FARTHEST
+            search.run("trust-exact", hess=search.hessian, options=options)
+            search.polish()
+        return search.maximum()
+
+
+@dataclass(frozen=True)
+class QuasiNewton:
+    """SciPy's ``BFGS``, or ``L-BFGS-B`` for many parameters: no second derivative is needed.
+
+    Do not use it for a noisy objective: :class:`~laplace_amort.Stochastic`.
+
+    :param float tolerance: largest gradient that counts as convergence, in posterior standard deviations.
+    :param int max_steps: evaluations at most.
+    """
+
+    tolerance: float = 1e-3
+    max_steps: int = 500
+
+    def maximize(self, function: Function, start: Vector, coordinates: Callable[[], Coordinates]) -> Maximum:
+        """See :class:`Optimizer`."""
+        about = coordinates()
+        search = _Search(function, start, lambda found: about.norm(found.gradient), self.tolerance, self.max_steps)
+        while not search.over:
+            search.recenter(about)
+            if len(start) <= _DENSE:
+                search.run("BFGS", options={"gtol": 0.0, "maxiter": self.max_steps})
+            else:
+                options = {"gtol": 0.0, "ftol": 0.0, "maxiter": self.max_steps, "maxfun": self.max_steps, "maxcor": 20}
+                search.run("L-BFGS-B", options=options)
+        return search.maximum()
+
+
+def newton_decrement(evaluation: Evaluation) -> float:
+    """Length of Newton's step to the maximum in standard deviations; infinite where the curvature is not negative."""
+    if evaluation.information is None:
+        return math.inf
+    try:
+        factor = numpy.linalg.cholesky(evaluation.information)
+    except numpy.linalg.LinAlgError:
+        return math.inf
+    return float(numpy.linalg.norm(numpy.linalg.solve(factor, evaluation.gradient)))
+
+
+class _Search:
+    """One maximization under way: what SciPy asks for, in standard deviations from where a round began."""
+
+    def __init__(
+        self,
+        function: Function,
+        start: Vector,
+        norm: Callable[[Evaluation], float],
+        tolerance: float,
+        max_steps: int,
+    ) -> None:
+        self.function, self.norm = function, norm
+        self.tolerance, self.max_steps = tolerance, max_steps
+        self.point, self.best = start, function(start)
+        self.num_steps, self.rounds, self.progress = 1, 0, True
+
+    @property
+    def converged(self) -> bool:
+        """Whether the best point so far is an optimum."""
+        return self.best.value > -math.inf and (not len(self.point) or self.norm(self.best) <= self.tolerance)
+
+    @property
+    def over(self) -> bool:
+        """Whether another round would be of no use."""
+        exhausted = self.num_steps >= self.max_steps or self.rounds >= _ROUNDS or not self.progress
+        return exhausted or self.best.value == -math.inf or self.converged
+
+    def recenter(self, coordinates: Coordinates) -> None:
+        """Begin a round: from the best point so far, in these coordinates."""
+        self.coordinates, self.origin, self.level = coordinates, self.point, self.best.value
+        self.best_u = numpy.zeros_like(self.origin)
+        self.last: tuple[Vector, Evaluation] = (self.best_u, self.best)
+        self.rounds += 1
+
+    def run(self, method: str, **settings: Any) -> None:
+        """Let SciPy work until it has converged, given up or been stopped."""
+        before, zero = self.best.value, numpy.zeros_like(self.origin)
+        # Next to where a mode ends, second derivatives are too large even to be squared: nowhere to go from there.
+        with numpy.errstate(all="ignore"), contextlib.suppress(ValueError, numpy.linalg.LinAlgError):
+            scipy.optimize.minimize(
+                self.loss, zero, method=method, jac=self.slope, callback=self.after_step, **settings
+            )
+        self.progress = self.best.value > before
+
+    def polish(self) -> None:
+        """Take Newton's own steps, judged by the gradient: values that differ by rounding errors say nothing."""
+        norm = self.norm(self.best)
+        while self.tolerance < norm < _NEAR:
+            step: Vector = numpy.linalg.solve(numpy.asarray(self.best.information), self.best.gradient)
+            point = self.point + step
+            found = self.function(point)
+            self.num_steps += 1
+            if not (found.value > -math.inf and self.norm(found) < norm / 2):
+                break
+            self.point, self.best, norm = point, found, self.norm(found)
+
+    def maximum(self) -> Maximum:
+        """Return the best point, and how it was found."""
+        if self.best.value == -math.inf:
+            status = FitStatus.START_FAILED
+        elif self.converged:
+            status = FitStatus.CONVERGED
+        else:
+            status = FitStatus.MAX_STEPS if self.num_steps >= self.max_steps else FitStatus.STUCK
+        norm = self.norm(self.best) if self.best.value > -math.inf and len(self.point) else 0.0
+        return Maximum(self.point, self.best, status, norm)
+
+    def after_step(self, u: Vector) -> None:
+        """Stop SciPy once there is nothing more to do, in a way that it knows."""
+        if self.converged or self.num_steps >= self.max_steps:
+            raise StopIteration
+
+    def loss(self, u: Vector) -> float:
+        """What SciPy minimizes: how far the value is below that at the beginning of the round."""
+        found = self._at(u)
+        if found.value == -math.inf:  # a bowl around the best point, so that a search turns back
+            return self.level - self.best.value + 1.0 + float(((u - self.best_u) ** 2).sum())
+        return self.level - found.value
+
+    def slope(self, u: Vector) -> Vector:
+        """Its gradient."""
+        found = self._at(u)
+        return 2 * (u - self.best_u) if found.value == -math.inf else -self.coordinates.pull(found.gradient)
+
+    def hessian(self, u: Vector) -> Vector:
+        """Its second derivative."""
+        information = self._at(u).information
+        if information is None:
+            return numpy.eye(len(u))
+        scale = numpy.stack([self.coordinates.step(row) for row in numpy.eye(len(u))], axis=1)
+        return scale.T @ information @ scale
+
+    def _at(self, u: Vector) -> Evaluation:
+        if numpy.array_equal(u, self.last[0]):
+            return self.last[1]
+        point = self.origin + self.coordinates.step(u)
+        found = self.function(point)
+        self.num_steps += 1
+        self.last = (u.copy(), found)
+        if found.value > self.best.value:
+            self.point, self.best, self.best_u = point, found, u.copy()
+        return found

@@ -1,0 +1,118 @@
+"""A fit under way: every evaluation goes through here, into the journal, the history and the progress bar."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+from tqdm import tqdm
+
+from laplace_amort.coordinates import Vector
+from laplace_amort.evaluation import BoundObjective, Evaluation, Function, Maximum
+from laplace_amort.fit_status import FitStatus
+from laplace_amort.journal import Journal
+from laplace_amort.target import Target, to_vector
+
+__all__ = ["Run", "Step", "progress_bar"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One evaluation in the history of a fit.
+
+    :param str stage: the part of the fit.
+    :param float objective: its value; minus infinity where it does not exist.
+    :param float gradient_norm: in posterior standard deviations; infinite where there is no such measure.
+    :param int num_draws: that the value is an average over; 0 if it is not.
+    :param float seconds: that the evaluation took.
+    :param str problem: why the objective does not exist there; empty if it does.
+    """
+
+    stage: str
+    objective: float
+    gradient_norm: float
+    num_draws: int
+    seconds: float
+    problem: str = ""
+
+
+class Run:
+    """What the stages of a fit share.
+
+    :param Target target: the guide and the data.
+    :param Journal journal: of what is found.
+    :param int seed: of all draws.
+    :param tqdm bar: to show progress on.
+
+    Attributes: ``history``, a list of :class:`Step`; and ``timings``, seconds by stage.
+    """
+
+    def __init__(self, target: Target, journal: Journal, seed: int, bar: Any) -> None:
+        self.target, self.journal, self.seed, self.bar = target, journal, seed, bar
+        self.history: list[Step] = []
+        self.timings: dict[str, float] = {}
+        self._best: Maximum | None = None
+
+    def function(self, stage: str, bound: BoundObjective, norm: Callable[[Evaluation], float]) -> Function:
+        """Return an objective whose evaluations are kept and shown.
+
+        :param str stage: the part of the fit, for the history.
+        :param BoundObjective bound: the objective.
+        :param norm: of the gradient, in posterior standard deviations.
+        """
+        self._best = None
+        self.bar.set_description(stage)
+
+        def evaluate(point: Vector) -> Evaluation:
+            label = f"{stage} {bound.num_draws} {hashlib.sha256(point.tobytes()).hexdigest()[:16]}"
+            found, seconds = self._call(stage, label, lambda: bound(point))
+            size = norm(found) if found.value > -math.inf else math.inf
+            self.history.append(Step(stage, found.value, size, bound.num_draws, seconds, found.problem))
+            self.bar.set_postfix_str(f"loss {-found.value:.6g}, gradient {size:.2g} sd", refresh=False)
+            self.bar.update()
+            if self._best is None or found.value > self._best.evaluation.value:
+                self._best = Maximum(point.copy(), found, FitStatus.INTERRUPTED, size)
+            return found
+
+        return evaluate
+
+    def interrupted(self) -> Maximum:
+        """Put the guide where it stood best in the present stage, and say where that is."""
+        if self._best is None:
+            point = to_vector([self.target.loc])
+            nothing = Evaluation(-math.inf, numpy.zeros_like(point), problem="nothing was evaluated yet")
+            return Maximum(point, nothing, FitStatus.INTERRUPTED, math.inf)
+        self.target.move(self._best.point)
+        return self._best
+
+    @property
+    def num_draws(self) -> int:
+        """How many draws the last evaluation of an optimizer averaged over; 0 if over none."""
+        return next((step.num_draws for step in self.history[::-1] if step.stage != "fresh draws"), 0)
+
+    def timed(self, stage: str, compute: Callable[[], Any]) -> Any:
+        """Return what is computed, and keep it and how long it took."""
+        return self._call(stage, stage, compute)[0]
+
+    def _call(self, stage: str, label: str, compute: Callable[[], Any]) -> tuple[Any, float]:
+        def timed() -> tuple[Any, float]:
+            begun = time.perf_counter()
+            return compute(), time.perf_counter() - begun
+
+        result, seconds = self.journal.call(label, timed)
+        self.add_time(stage, seconds)
+        return result, seconds
+
+    def add_time(self, stage: str, seconds: float) -> None:
+        """Count seconds of a stage."""
+        self.timings[stage] = self.timings.get(stage, 0.0) + seconds
+
+
+def progress_bar(show: bool) -> Any:
+    """Return a bar that counts evaluations; on standard error, and only if that is a terminal."""
+    return tqdm(unit=" evaluations", disable=None if show else True, leave=False)

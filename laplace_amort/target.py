@@ -1,0 +1,133 @@
+"""What a fit works on: a guide at given data, its parameters as one vector, and the model recorded for many runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor
+
+from laplace_amort.coordinates import Vector
+from laplace_amort.errors import ModelError, RecordingError
+from laplace_amort.guides import AutoLaplaceFamily
+from laplace_amort.journal import Journal
+from laplace_amort.modes import FreeMode, Mode, NewtonMode
+
+__all__ = ["Target", "set_vector", "to_vector"]
+
+
+class Target:
+    """A guide, and the model at given data as a function of two tensors.
+
+    Where the model subsamples, one minibatch stands for all.
+
+    :param AutoLaplaceFamily guide: it is set up if it has not been called yet.
+    :param tuple args: arguments of the model.
+    :param dict kwargs: keyword arguments of the model.
+
+    Attributes: ``unit_model``, recorded where that is possible, and ``not_recorded``, the reason if it is not.
+    """
+
+    def __init__(self, guide: AutoLaplaceFamily, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.guide = guide
+        self.unit_model = guide.unit_model(*args, **kwargs)
+        self.first = guide.warm_start.state()
+        self.not_recorded = ""
+        try:
+            self.unit_model = self.unit_model.recorded(self.loc, self.start)
+        except RecordingError as error:
+            self.not_recorded = str(error)
+
+    @property
+    def loc(self) -> Tensor:
+        """Where the globals stand, ``(d,)``, without a graph."""
+        loc: Any = self.guide.loc
+        return torch.as_tensor(loc).detach()
+
+    @property
+    def start(self) -> Tensor:
+        """A first guess of the modes of the units there, ``(N, k)``."""
+        return self.guide.warm_start.at(self.unit_model.units, self.loc)
+
+    @property
+    def weight(self) -> float:
+        """N/B, where B of N units are a minibatch."""
+        return self.unit_model.layout.weight
+
+    @property
+    def mode(self) -> Mode:
+        """What finds the modes along which a marginal density is taken: the guide's, if it finds any."""
+        return NewtonMode() if isinstance(self.guide.mode, FreeMode) else self.guide.mode
+
+    def globals_(self) -> list[Tensor]:
+        """The parameter that holds the globals, alone in a list."""
+        return [leaf for name, leaf in self.guide.named_parameters() if name == "loc_unconstrained"]
+
+    def parameters(self) -> list[Tensor]:
+        """All parameters there are, of guide and model, the globals first."""
+        first = self.globals_()
+        leaves = [*self.guide.parameters(), *self.unit_model.density.parameters().values()]
+        rest: dict[int, Tensor] = {id(leaf): leaf for leaf in leaves}
+        return first + [leaf for leaf in rest.values() if all(leaf is not one for one in first)]
+
+    def place(self, start: Tensor) -> None:
+        """Put the globals at a start ``(d,)``, and forget the modes found elsewhere."""
+        set_vector(self.globals_(), start.double().cpu().numpy())
+        self.guide.warm_start.restore(self.first)
+
+    def move(self, point: Vector) -> None:
+        """Put the globals at a point ``(d,)``, or all parameters at a point ``(P,)``."""
+        set_vector(self.globals_() if len(point) == len(self.loc) else self.parameters(), point)
+
+    def center_units(self, journal: Journal) -> None:
+        """Put centers that are parameters of the guide at the modes of the units."""
+        mode: Any = self.guide.mode
+        if isinstance(mode, FreeMode):
+            with torch.no_grad():
+                modes = journal.call("centers", lambda: self.mode.find(self.unit_model, self.loc, self.start))
+                set_vector([mode.get_parameter("loc_unconstrained")], to_vector([modes]))
+
+    def refuse_model_parameters(self) -> None:
+        """Refuse a model with parameters of its own, for what moves the globals alone.
+
+        :raises ModelError: naming one.
+        """
+        for name in self.unit_model.density.parameters():
+            raise ModelError(
+                f"MarginalLaplace moves the latents of the model, and '{name}' is a parameter. Give it a prior, a flat "
+                "one if need be, or take the ELBO, which moves parameters too:\n"
+                f"    pyro.sample('{name}', dist.ImproperUniform(constraints.real, (), ()))\n"
+                "    fit(model, guide, *args, objective=FixedDrawELBO())"
+            )
+
+    def recheck(self) -> bool:
+        """Compare the recording with the model where the guide stands now, and go back to the model if it differs.
+
+        :return: whether it differs.
+        """
+        recording, live = self.unit_model.recording, self.unit_model.live()
+        if recording is not None:
+            try:
+                recording.check(live.log_joint, self.loc, self.start)
+            except RecordingError as error:
+                self.unit_model, self.not_recorded = live, str(error)
+                return True
+        return False
+
+
+def to_vector(parameters: Iterable[Tensor]) -> Vector:
+    """Join the values of parameters."""
+    parts = [parameter.detach().reshape(-1).double() for parameter in parameters]
+    return torch.cat(parts).cpu().numpy() if parts else numpy.zeros(0)
+
+
+@torch.no_grad()
+def set_vector(parameters: Iterable[Tensor], vector: Vector) -> None:
+    """Give parameters their parts of a vector, in place."""
+    start = 0
+    for parameter in parameters:
+        stop = start + parameter.numel()
+        parameter.copy_(torch.from_numpy(vector[start:stop]).reshape(parameter.shape))
+        start = stop
