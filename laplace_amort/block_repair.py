@@ -42,9 +42,11 @@ def repair_tails(repair: RepairFunction, tail: Tensor) -> tuple[Tensor, Any]:
         >>> repaired.flatten(), report.num_repaired
         (tensor([1.0000e+00, 1.0000e+06, 2.0000e+00]), 1)
     """
-    squares = tail.diagonal(dim1=-2, dim2=-1) ** 2
-    typical = squares.mean(-2, keepdim=True) + torch.finfo(tail.dtype).eps
-    return repair(tail, _SHARE * (squares + _SHARE**2 * typical).sqrt())
+    diagonal = tail.diagonal(dim1=-2, dim2=-1)
+    # Squares of large numbers are infinite: first to the order of 1.
+    unit = diagonal.detach().abs().sum(-2, keepdim=True).clamp(min=1)
+    squares = ((diagonal / unit) ** 2).mean(-2, keepdim=True) + torch.finfo(tail.dtype).eps / unit**2
+    return repair(tail, _SHARE * torch.hypot(diagonal, _SHARE * unit * squares.sqrt()))
 
 
 def repair_head(repair: RepairFunction, schur_complement: Tensor, head: Tensor) -> tuple[Tensor, Any]:
@@ -71,7 +73,7 @@ def repair_head(repair: RepairFunction, schur_complement: Tensor, head: Tensor) 
         return repair(schur_complement)
     # The reference is itself a Hessian block, which away from the mode may be indefinite.
     as_definite = SoftAbs(floor=torch.finfo(head.dtype).eps ** (2 / 3))
-    reference, _ = as_definite(head, (head.diagonal() ** 2 + 1).sqrt())
+    reference, _ = as_definite(head, torch.hypot(head.diagonal(), torch.ones_like(head.diagonal())))
     factor, _ = blocks.cholesky(reference)
     half = torch.linalg.solve_triangular(factor, schur_complement, upper=False)
     shares = torch.linalg.solve_triangular(factor, half.mT, upper=False)

@@ -12,12 +12,14 @@ from typing import Any, NamedTuple
 import torch
 
 from laplace_amort.errors import NUMERICAL_ERRORS, ModelError
+from laplace_amort.evaluation import Maximum
 from laplace_amort.family import LaplaceGaussian
 from laplace_amort.fit_result import FitResult, Optimum, load_saved
 from laplace_amort.fit_status import FitStatus
 from laplace_amort.guides import AutoLaplaceFamily
-from laplace_amort.heads import MarginalCurvature
+from laplace_amort.heads import Head, KnownCurvature, MarginalCurvature
 from laplace_amort.journal import Journal
+from laplace_amort.modes import Mode
 from laplace_amort.objectives import FixedDrawELBO, MarginalLaplace, Objective
 from laplace_amort.optimizers import Optimizer, TrustRegion
 from laplace_amort.run import Run, progress_bar
@@ -97,6 +99,7 @@ def fit(
         journal = Journal(saved.entries, saved.state, guide.warm_start.state, guide.warm_start.restore)
         run = Run(target, journal, seed, bar)
         run.add_time("set-up", time.perf_counter() - begun)
+        journal.call(f"log joint {target.log_joint_at_start():.17g}", lambda: None)  # so that no other model goes on
         if optimizer is None and target.weight != 1:
             optimizer = Stochastic()
         if isinstance(optimizer, Stochastic):
@@ -171,7 +174,7 @@ def _result(run: Run, objective: Objective, ends: list[End], value: tuple[float,
         timings=run.timings,
         optima=[_optimum(target, end) for end in ends],
         notes=notes,
-        gaussian=_gaussian(target, objective),
+        gaussian=_gaussian(target, objective, maximum),
         saved=saved,
     )
 
@@ -183,14 +186,17 @@ def _optimum(target: Target, end: End) -> Optimum:
     return Optimum(maximum.evaluation.value, end.num_starts, values, maximum.status)
 
 
-def _gaussian(target: Target, objective: Objective) -> LaplaceGaussian | None:
+def _gaussian(target: Target, objective: Objective, maximum: Maximum) -> LaplaceGaussian | None:
     """The posterior where the guide stands; None where there is none."""
-    model = target.unit_model.live()
-    marginal = isinstance(objective, MarginalLaplace)
-    mode, head = (target.mode, MarginalCurvature()) if marginal else (None, None)
+    mode: Mode | None = None
+    head: Head | None = None
+    if isinstance(objective, MarginalLaplace):
+        information = maximum.evaluation.information
+        mode, head = target.mode, MarginalCurvature() if information is None else KnownCurvature(information)
     try:
         with torch.no_grad():
-            return target.guide.gaussian_of(model, mode=mode, head=head)
+            gaussian = target.guide.gaussian_of(target.unit_model, mode=mode, head=head)
+            return dataclasses.replace(gaussian, unit_model=target.unit_model.live())
     except NUMERICAL_ERRORS:
         return None
 
@@ -206,7 +212,7 @@ def _check_arguments(model: Any, guide: Any, objective: Any, optimizer: Any, sta
             "the guide was made for another model than the one given; what is fitted is the guide's own. Make one of "
             "them the other:\n    fit(model, AutoLaplaceFamily(model), *args)"
         )
-    if not isinstance(objective, Objective):
+    if isinstance(objective, type) or not isinstance(objective, Objective):
         hint = f"{objective.__name__}()" if isinstance(objective, type) else "FixedDrawELBO()"
         raise TypeError(
             f"objective must be FixedDrawELBO() or MarginalLaplace(), got {objective!r}:\n    objective={hint}\n"
@@ -218,7 +224,7 @@ def _check_arguments(model: Any, guide: Any, objective: Any, optimizer: Any, sta
                 "Stochastic() follows the ELBO, and MarginalLaplace() is none. Leave one of them out:\n"
                 "    fit(model, guide, *args, optimizer=Stochastic())"
             )
-    elif optimizer is not None and not isinstance(optimizer, Optimizer):
+    elif isinstance(optimizer, type) or not isinstance(optimizer, Optimizer | None):
         raise TypeError(
             f"optimizer must be TrustRegion(), QuasiNewton() or Stochastic(), got {optimizer!r}. One of torch's goes "
             "into the latter:\n    optimizer=Stochastic(torch.optim.Adam, lr=0.1)"

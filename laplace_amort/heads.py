@@ -9,8 +9,9 @@ from the curvature of the marginal density, which is that of :math:`f(\theta, \h
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor
 
 from laplace_amort.arrowhead import Arrowhead
@@ -60,6 +61,31 @@ class JointCurvature:
     ) -> Tensor:
         """Return the Schur complement, ``(d, d)``."""
         return arrowhead.schur_complement
+
+
+@dataclass(frozen=True)
+class KnownCurvature:
+    """A matrix that is known already, as at the optimum of a fit.
+
+    Do not use it in a guide that moves: it stays as it is.
+
+    :param matrix: ``(d, d)``, symmetric; anything that ``torch.as_tensor`` takes.
+
+    Calling it takes what :class:`Head` lists, and returns the matrix in the dtype of the globals.
+
+    Example::
+
+        >>> KnownCurvature([[2.0]])(None, torch.zeros(1), None, None)
+        tensor([[2.]])
+    """
+
+    matrix: Any
+
+    def __call__(
+        self, log_joint: LogJoint, global_: Tensor, local: Tensor, arrowhead: Arrowhead, weight: float = 1.0
+    ) -> Tensor:
+        """Return the matrix, ``(d, d)``."""
+        return torch.as_tensor(self.matrix).to(global_)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pyro.distributions.util import broadcast_shape
 from torch import Tensor
 
 from laplace_amort.errors import ModelError
@@ -184,4 +185,5 @@ def _listed(shapes: Mapping[str, tuple[int, ...]]) -> str:
 
 def _with_leading(leading: torch.Size, site: LatentSite) -> tuple[int, ...]:
     """Shape of a site's value under enclosing plates."""
-    return tuple(torch.broadcast_shapes(site.shape, leading + (1,) * site.event_dim))
+    # Pyro's: that of torch loads its compiler the first time.
+    return tuple(broadcast_shape(site.shape, leading + (1,) * site.event_dim))

@@ -15,6 +15,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.distributions.util import broadcast_shape
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_mean, init_to_median
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import am_i_wrapped
@@ -103,6 +104,8 @@ class LogJoint:
         self.sites = find_sites(trace)
         self.subsampled_plates = subsampled_plates(trace, handler.given)
         self.size = sum(site.shape.numel() for site in self.sites.values())
+        frames = [frame for node in trace.nodes.values() for frame in node.get("cond_indep_stack", ())]
+        self.max_plate_nesting = max((-frame.dim for frame in frames if frame.dim is not None), default=0)
 
     def __repr__(self) -> str:
         sites = ", ".join(f"{site.name} {tuple(site.shape)}" for site in self.sites.values())
@@ -180,7 +183,7 @@ class LogJoint:
                     f"{tuple(site.shape[:plates])} of site '{name}'. Make room for it:\n"
                     f"    packed.reshape({tuple(leading)} + (1,) * {plates} + (-1,))"
                 )
-            shape = torch.broadcast_shapes(site.shape, leading + (1,) * site.event_dim)
+            shape = broadcast_shape(site.shape, leading + (1,) * site.event_dim)
             values[name] = packed[..., site.slice].reshape(shape)
         return values
 

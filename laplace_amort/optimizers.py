@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +22,8 @@ _DENSE = 300
 _ROUNDS = 6
 # Posterior standard deviations from the optimum within which Newton's own step is to be trusted.
 _NEAR = 0.1
+# The same, that a saddle is left by.
+_KICK = 0.1
 # The same, that one step may go at most.
 _FARTHEST = 1e6
 
@@ -63,11 +64,12 @@ class TrustRegion:
             if information is None:
                 raise TypeError("TrustRegion needs an objective with second derivatives, such as MarginalLaplace()")
             search.recenter(Coordinates.of_information(information))
+            search.leave_saddle()
             # Newton's own step is the first trial; where it leads nowhere, the region shrinks at once.
             radius = min(max(1.0, float(numpy.linalg.norm(search.slope(search.best_u)))), _FARTHEST / 2)
             options = {"gtol": 0.0, "maxiter": self.max_steps, "initial_trust_radius": radius}
             options["max_trust_radius"] = _FARTHEST
-            search.run("trust-exact", hess=search.hessian, options=options)
+            search.run("trust-ncg" if search.failed else "trust-exact", hess=search.hessian, options=options)
             search.polish()
         return search.maximum()
 
@@ -124,7 +126,7 @@ class _Search:
         self.function, self.norm = function, norm
         self.tolerance, self.max_steps = tolerance, max_steps
         self.point, self.best = start, function(start)
-        self.num_steps, self.rounds, self.progress = 1, 0, True
+        self.num_steps, self.rounds, self.progress, self.failed = 1, 0, True, False
 
     @property
     def converged(self) -> bool:
@@ -147,12 +149,28 @@ class _Search:
     def run(self, method: str, **settings: Any) -> None:
         """Let SciPy work until it has converged, given up or been stopped."""
         before, zero = self.best.value, numpy.zeros_like(self.origin)
-        # Next to where a mode ends, second derivatives are too large even to be squared: nowhere to go from there.
-        with numpy.errstate(all="ignore"), contextlib.suppress(ValueError, numpy.linalg.LinAlgError):
-            scipy.optimize.minimize(
-                self.loss, zero, method=method, jac=self.slope, callback=self.after_step, **settings
-            )
-        self.progress = self.best.value > before
+        failed = False
+        with numpy.errstate(all="ignore"):
+            try:
+                scipy.optimize.minimize(
+                    self.loss, zero, method=method, jac=self.slope, callback=self.after_step, **settings
+                )
+            except (ValueError, numpy.linalg.LinAlgError, UnboundLocalError):
+                # Next to where a mode ends, second derivatives are too large even to be squared; and trust-exact of
+                # SciPy 1.17 stumbles where its inner iteration does not end. One more round, by another method.
+                failed = True
+        self.progress = self.best.value > before or (failed and not self.failed)
+        self.failed = failed
+
+    def leave_saddle(self) -> None:
+        """Where there is no slope but a way up, take a step of it: a method that follows gradients would stay."""
+        zero = numpy.zeros_like(self.origin)
+        curvature, directions = numpy.linalg.eigh(self.hessian(zero))
+        if numpy.linalg.norm(self.slope(zero)) > self.tolerance or curvature[0] >= 0:
+            return
+        for sign in (_KICK, -_KICK):
+            self._at(sign * directions[:, 0])
+        self.recenter(self.coordinates)
 
     def polish(self) -> None:
         """Take Newton's own steps, judged by the gradient: values that differ by rounding errors say nothing."""

@@ -67,7 +67,7 @@ def _one_by_one(log_joint: LogJoint) -> LogJoint:
 def _pulls(function: LogJoint, global_: Tensor, local: Tensor, parameters: Sequence[Tensor] | None) -> DrawPulls:
     if parameters is None:
         with torch.no_grad():
-            return DrawPulls(function(global_, local), global_[:0], local[:0], [])
+            return DrawPulls(function(global_, local), global_[:0].detach(), local[:0].detach(), [])
     with torch.enable_grad():
         values_of = [global_.detach().requires_grad_(), local.detach().requires_grad_(), *parameters]
         values = function(*values_of[:2])

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy
 import torch
 from torch import fx
 
@@ -80,8 +81,7 @@ class _Simplifier:
         elif old.op == "call_function" and old.target in _POINTWISE and self._is_uniform(old):
             self.values[old] = self._pointwise(old)
         else:
-            view = old.op == "call_function" and _is_view(old.target)
-            node = self.graph.node_copy(old, lambda argument: self._expanded(argument, contiguous=view))
+            node = self.graph.node_copy(old, self._expanded)
             shape = old.meta.get("shape", torch.Size())
             self._weigh(node, old, shape)
             self.values[old] = _Value(node, shape, old)
@@ -91,7 +91,7 @@ class _Simplifier:
         if target is None:
             result: _Value = args[0]
             return result._replace(old=old)
-        shape = torch.broadcast_shapes(*(a.shape for a in args if isinstance(a, _Value)))
+        shape = torch.Size(numpy.broadcast_shapes(*(a.shape for a in args if isinstance(a, _Value))))
         nodes = tuple(a.node if isinstance(a, _Value) else a for a in args)
         node = self.graph.call_function(target, nodes, dict(old.kwargs))
         self._weigh(node, old, shape)
@@ -124,16 +124,12 @@ class _Simplifier:
     def _of(self, argument: Any) -> _Value:
         return self.values[argument]
 
-    def _expanded(self, argument: fx.Node, contiguous: bool) -> fx.Node:
+    def _expanded(self, argument: fx.Node) -> fx.Node:
         """The node of an argument in its full shape."""
         value, shape = self._of(argument), argument.meta.get("shape")
         if shape is None or value.shape == shape:
             return value.node
-        node = self.graph.call_function(_aten.expand.default, (value.node, list(shape)))
-        if contiguous and argument.target is not _aten.expand.default:  # it was a tensor of its own
-            node = self.graph.call_function(_aten.clone.default, (node,), {"memory_format": torch.contiguous_format})
-        self.values[argument] = value._replace(node=node, shape=shape) if not contiguous else value
-        return node
+        return self.graph.call_function(_aten.expand.default, (value.node, list(shape)))
 
     def _is_uniform(self, old: fx.Node) -> bool:
         """Whether the result has the dtype of all arguments, so that their ranks do not matter for it."""
@@ -143,11 +139,15 @@ class _Simplifier:
     def _weigh(self, node: fx.Node, old: fx.Node, shape: torch.Size) -> None:
         is_view = node.op != "call_function" or _is_view(node.target)
         itemsize = getattr(old.meta.get("dtype"), "itemsize", 0)
-        node.meta["bytes"] = 0 if is_view else shape.numel() * itemsize
+        node.meta.update(bytes=0 if is_view else shape.numel() * itemsize, dtype=old.meta.get("dtype"))
 
 
 def _is_exp(value: Any) -> bool:
-    return isinstance(value, _Value) and value.node.target is _aten.exp.default
+    """Whether it is the exponential of real numbers; that of whole or complex ones has another inverse."""
+    if not isinstance(value, _Value) or value.node.target is not _aten.exp.default:
+        return False
+    argument: Any = value.node.args[0]
+    return bool(getattr(argument.meta.get("dtype"), "is_floating_point", False))
 
 
 def _is_view(target: Any) -> bool:

@@ -31,6 +31,7 @@ _STATIONARY = 1.1
 _FAILURES = 20
 # Windows that a phase has at least: half of them are for forgetting where it began.
 _LEAST_WINDOWS = 4
+_PARTICLES = 8
 # Evaluations that the final value is the mean of.
 _FINAL = 50
 
@@ -46,14 +47,15 @@ class Stochastic:
     accuracy: so neither noise nor the bias of a finite rate is taken for convergence.
 
     Do not use it where all units fit into memory: :class:`~laplace_amort.FixedDrawELBO` by itself takes some ten
-    evaluations.
+    evaluations of all units, and has no such noise.
 
     :param optimizer: of torch, called with a list of tensors and ``lr``, such as ``torch.optim.Adam``.
     :param float lr: learning rate to begin with, in posterior standard deviations.
     :param ELBO elbo: one of Pyro's; by default ``Trace_ELBO`` with 8 vectorized particles.
     :param int window: steps between two looks at the iterates.
     :param int max_steps: steps at most.
-    :param float accuracy: of the optimum, in posterior standard deviations.
+    :param float accuracy: of the optimum, in posterior standard deviations. The noise of a minibatch of B out of N
+        units is some :math:`\sqrt{N/B}` of them, so that it takes the square of that over the accuracy in steps.
     :param dict settings: other arguments of the optimizer.
     :raises ValueError: if a number is out of its range.
 
@@ -70,7 +72,7 @@ class Stochastic:
     elbo: ELBO | None = None
     window: int = 100
     max_steps: int = 20_000
-    accuracy: float = 0.1
+    accuracy: float = 0.2
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -174,7 +176,8 @@ class _Walk:
         self.how, self.run, self.state, self.args, self.kwargs = how, run, state, args, kwargs
         self.guide = run.target.guide
         self.bound = BoundELBO(run.target, 2, 0)  # for its parameters and coordinates; the draws are never made
-        self.elbo: Any = how.elbo or Trace_ELBO(num_particles=8, vectorize_particles=True)
+        nesting = run.target.unit_model.density.max_plate_nesting
+        self.elbo: Any = how.elbo or Trace_ELBO(_PARTICLES, nesting, vectorize_particles=True)
         self.failures, self.problem = 0, ""
         self.phase = state.phase or self._new_phase(self.bound.point(), how.lr)
 
@@ -208,7 +211,8 @@ class _Walk:
                 )
             value, error = -float(losses.mean()), float(losses.std()) / _FINAL**0.5
         found = Evaluation(value, numpy.zeros_like(point), standard_error=error, problem=self.problem)
-        return Maximum(point, found, self.state.status or FitStatus.INTERRUPTED, self.state.shift)
+        status = FitStatus.INTERRUPTED if self.state.status is None else self.state.status
+        return Maximum(point, found, status, self.state.shift)
 
     def _new_phase(self, point: Vector, lr: float) -> Phase:
         """Begin a learning rate at a point, in coordinates of its own."""
@@ -247,7 +251,7 @@ class _Walk:
         elif phase.is_stationary(self.how.accuracy / 2):
             average = phase.average()
             if state.previous is not None:
-                state.shift = phase.coordinates.distance(average - state.previous)
+                state.shift = phase.coordinates.distance(average - state.previous) / len(self.guide.loc) ** 0.5
             if state.shift <= self.how.accuracy:
                 state.status = FitStatus.CONVERGED
             else:

@@ -63,7 +63,8 @@ class Target:
 
     def globals_(self) -> list[Tensor]:
         """The parameter that holds the globals, alone in a list."""
-        return [leaf for name, leaf in self.guide.named_parameters() if name == "loc_unconstrained"]
+        # The second is its name once a user has assigned to it.
+        return [leaf for name, leaf in self.guide.named_parameters() if name in ("loc_unconstrained", "loc")]
 
     def parameters(self) -> list[Tensor]:
         """All parameters there are, of guide and model, the globals first."""
@@ -71,6 +72,11 @@ class Target:
         leaves = [*self.guide.parameters(), *self.unit_model.density.parameters().values()]
         rest: dict[int, Tensor] = {id(leaf): leaf for leaf in leaves}
         return first + [leaf for leaf in rest.values() if all(leaf is not one for one in first)]
+
+    def log_joint_at_start(self) -> float:
+        """Return the value of the log joint where the fit starts."""
+        with torch.no_grad():
+            return float(self.unit_model.log_joint(self.loc, self.start))
 
     def place(self, start: Tensor) -> None:
         """Put the globals at a start ``(d,)``, and forget the modes found elsewhere."""
