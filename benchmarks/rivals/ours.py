@@ -1,0 +1,102 @@
+"""The rows of laplace_amort: ``fit`` with its default settings, on the same plain Pyro models."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from outcome import Estimates
+from tasks import Task
+
+from laplace_amort import (
+    AutoLaplaceFamily,
+    FitResult,
+    FixedDrawELBO,
+    JointCurvature,
+    MarginalCurvature,
+    MarginalLaplace,
+)
+from laplace_amort import fit as fit_guide
+from laplace_amort.bound import BoundELBO, mean_of_pairs
+from laplace_amort.target import Target
+
+HEADS = {"joint": JointCurvature, "marginal": MarginalCurvature}
+
+# What the limit of an ELBO is taken from: many more draws than a fit needs, and then as many for the comparison.
+LIMIT = FixedDrawELBO(num_draws=256, max_draws=4096, accuracy=0.01)
+COMPARED_NUMBERS = 2**22
+
+
+def _timed_fit(task: Task, guide: AutoLaplaceFamily, objective: Any) -> tuple[FitResult, float]:
+    begun = time.perf_counter()
+    result = fit_guide(task.pyro_model, guide, *task.pyro_args, objective=objective, progress=False)
+    return result, time.perf_counter() - begun
+
+
+def _prepared() -> None:
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(1)
+    # The first backward pass with seeds of its own makes torch load sympy, some 0.3 s: once a process, as loading R's
+    # packages is, and no part of a fit.
+    x = torch.ones(1, requires_grad=True)
+    torch.autograd.grad(2 * x, x, torch.ones(1))
+
+
+def fit_marginal_laplace(task: Task) -> dict[str, Any]:
+    """The optimum of the marginal Laplace density, and all standard errors."""
+    _prepared()
+    result, seconds = _timed_fit(task, AutoLaplaceFamily(task.pyro_model), MarginalLaplace())
+    begun = time.perf_counter()
+    gaussian = result.gaussian
+    if not result.status.ok or gaussian is None:
+        raise RuntimeError(str(result.status))
+    precision = gaussian.precision
+    estimates = Estimates(
+        *(np.asarray(v) for v in (gaussian.global_loc, precision.global_variance().sqrt())),
+        *(np.asarray(v.T) for v in (gaussian.local_loc, precision.local_variance().sqrt())),
+    )
+    set_up, climb = result.timings["set-up"], result.timings["marginal Laplace"]
+    return {
+        "setup_seconds": set_up,
+        "fit_seconds": climb,
+        "se_seconds": seconds - set_up - climb + time.perf_counter() - begun,
+        "steps": len(result.history),
+        "objective": result.objective,
+        "estimates": estimates,
+    }
+
+
+def fit_elbo(task: Task, head: str) -> dict[str, Any]:
+    """The ELBO with one of the heads: seconds of the default fit, and how far below its own limit that ended."""
+    _prepared()
+    guide = AutoLaplaceFamily(task.pyro_model, head=HEADS[head]())
+    result, seconds = _timed_fit(task, guide, FixedDrawELBO())
+    reached = guide.loc.detach().clone()
+    begun = time.perf_counter()
+    limit, _ = _timed_fit(task, guide, LIMIT)
+    gap, error, elbo, elbo_error = _gap(task, guide, reached)
+    set_up = result.timings["set-up"]
+    return {
+        "setup_seconds": set_up,
+        "fit_seconds": seconds - set_up,  # with the check on fresh draws, the final value and its standard error
+        "search_seconds": time.perf_counter() - begun,
+        "steps": len(result.history),
+        "elbo": elbo,
+        "elbo_se": elbo_error,
+        "remark": f"{result.status.name}; {gap:+.3f} (se {error:.3f}) from its limit ({limit.status.name})",
+    }
+
+
+def _gap(task: Task, guide: AutoLaplaceFamily, reached: torch.Tensor) -> tuple[float, float, float, float]:
+    """ELBO at the parameter reached less that at the limit, on the same draws; and the limit. Each with its error."""
+    target = Target(guide, task.pyro_args, {})
+    limit, numbers = target.loc.clone(), target.start.numel() + len(reached)
+    num_draws = int(min(4096, max(64, COMPARED_NUMBERS // numbers // 2 * 2)))
+    values = []
+    for point in (reached, limit):
+        target.place(point)
+        batches = [BoundELBO(target, 64, 10_000 + batch).values() for batch in range(num_draws // 64)]
+        values.append(torch.cat([terms.unflatten(0, (2, -1)).mean(0) for terms in batches]).repeat(2))
+    return *mean_of_pairs(values[0] - values[1]), *mean_of_pairs(values[1])
