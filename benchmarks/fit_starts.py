@@ -2,8 +2,8 @@
 
 Run ``python benchmarks/fit_starts.py FOLDER``, where FOLDER has the data sets that ``real_data.py`` lists;
 ``--problems``, ``--labels`` and ``--starts`` choose. One call of ``fit`` with its default settings and 20 starts, of
-which the first is the prior mean and the others are uniform between -2 and 2 in unconstrained space. A row says how each
-ended: the optima, and how many starts led there; the ELBO is climbed from the best three of the marginal Laplace.
+which the first is the prior mean and the others are uniform between -2 and 2 in unconstrained space. A row says how
+each ended: the optima, and how many starts led there; the ELBO is climbed from the best three of the marginal Laplace.
 """
 
 from __future__ import annotations

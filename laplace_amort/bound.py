@@ -62,7 +62,7 @@ class Bound(ABC):
         derivatives = [part for part in (found.gradient, found.information) if part is not None]
         if not (math.isfinite(found.value) and all(numpy.isfinite(part).all() for part in derivatives)):
             return _nothing(point, f"the objective is {found.value}, and its gradient {found.gradient.tolist()[:5]}")
-        return found
+        return found._replace(rounding=torch.finfo(self.target.loc.dtype).eps)
 
     def _evaluate_with_second_thoughts(self) -> Evaluation:
         """Where modes are not found from where they were last, look once more from the first start."""

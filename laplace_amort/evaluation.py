@@ -20,6 +20,7 @@ class Evaluation(NamedTuple):
     :param Vector information: the negative second derivative ``(P, P)``, or None if the objective has none at hand.
     :param float standard_error: of the value, where it is an average over draws; else 0.
     :param RepairReport head_report: what was repaired in the precision of the globals; None if nothing could be.
+    :param float rounding: relative rounding error of the arithmetic.
     :param str problem: why the objective does not exist here; empty if it does.
     """
 
@@ -28,6 +29,7 @@ class Evaluation(NamedTuple):
     information: Vector | None = None
     standard_error: float = 0.0
     head_report: RepairReport | None = None
+    rounding: float = 2.0**-52
     problem: str = ""
 
 

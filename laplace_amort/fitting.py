@@ -96,6 +96,9 @@ def fit(
         torch.manual_seed(seed)
         bar.set_description("set-up")
         target = Target(guide, args, kwargs)
+        if saved.start is None:
+            saved = saved._replace(start=target.state())
+        target.restore(saved.start)  # a fit that goes on begins where it began, to read what it found from there
         journal = Journal(saved.entries, saved.state, guide.warm_start.state, guide.warm_start.restore)
         run = Run(target, journal, seed, bar)
         run.add_time("set-up", time.perf_counter() - begun)
@@ -104,18 +107,21 @@ def fit(
             optimizer = Stochastic()
         if isinstance(optimizer, Stochastic):
             return _stochastic(run, optimizer, saved, args, kwargs)
-        return _deterministic(run, objective, optimizer, starts)
+        return _deterministic(run, objective, optimizer, starts, saved)
 
 
 class _Saved(NamedTuple):
     """What a later fit goes on from."""
 
+    start: Any = None
     entries: list[tuple[str, Any]] | None = None
     state: Any = None
     stochastic: StochasticState | None = None
 
 
-def _deterministic(run: Run, objective: Objective, optimizer: Optimizer | None, starts: int) -> FitResult:
+def _deterministic(
+    run: Run, objective: Objective, optimizer: Optimizer | None, starts: int, saved: _Saved
+) -> FitResult:
     target = run.target
     if target.weight != 1:
         frame = target.unit_model.layout.frame
@@ -137,7 +143,8 @@ def _deterministic(run: Run, objective: Objective, optimizer: Optimizer | None, 
     except KeyboardInterrupt:
         maximum = run.interrupted()
         ends, value = [End(maximum)], (maximum.evaluation.value, maximum.evaluation.standard_error)
-    return _result(run, objective, ends, value, _Saved(run.journal.entries, run.journal.state))
+    kept = _Saved(saved.start, run.journal.entries, run.journal.state)
+    return _result(run, objective, ends, value, kept)
 
 
 def _stochastic(
@@ -150,7 +157,7 @@ def _stochastic(
         maximum = optimizer.climb(run, state, args, kwargs)
     except KeyboardInterrupt:
         maximum = run.interrupted()
-    kept = _Saved(run.journal.entries, run.journal.state, state if state.phase is not None else None)
+    kept = _Saved(saved.start, run.journal.entries, run.journal.state, None if state.phase is None else state)
     value = maximum.evaluation.value, maximum.evaluation.standard_error
     return _result(run, FixedDrawELBO(), [End(maximum)], value, kept)
 

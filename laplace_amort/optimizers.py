@@ -58,7 +58,7 @@ class TrustRegion:
 
     def maximize(self, function: Function, start: Vector, coordinates: Callable[[], Coordinates]) -> Maximum:
         """See :class:`Optimizer`; the coordinates are those of the second derivative, taken anew in each round."""
-        search = _Search(function, start, newton_decrement, self.tolerance, self.max_steps)
+        search = _Search(function, start, newton_decrement, self._tolerance, self.max_steps)
         while not search.over:
             information = search.best.information
             if information is None:
@@ -73,6 +73,10 @@ class TrustRegion:
             search.polish()
         return search.maximum()
 
+    def _tolerance(self, at: Evaluation) -> float:
+        """Rounding errors of a sum of many terms are in its gradient as well."""
+        return max(self.tolerance, 100 * at.rounding * abs(at.value) ** 0.5)
+
 
 @dataclass(frozen=True)
 class QuasiNewton:
@@ -80,7 +84,8 @@ class QuasiNewton:
 
     Do not use it for a noisy objective: :class:`~laplace_amort.Stochastic`.
 
-    :param float tolerance: largest gradient that counts as convergence, in posterior standard deviations.
+    :param float tolerance: largest gradient that counts as convergence, in posterior standard deviations; more where
+        values cannot be told apart: in float32, and in sums of thousands.
     :param int max_steps: evaluations at most.
     """
 
@@ -90,7 +95,7 @@ class QuasiNewton:
     def maximize(self, function: Function, start: Vector, coordinates: Callable[[], Coordinates]) -> Maximum:
         """See :class:`Optimizer`."""
         about = coordinates()
-        search = _Search(function, start, lambda found: about.norm(found.gradient), self.tolerance, self.max_steps)
+        search = _Search(function, start, lambda found: about.norm(found.gradient), self._tolerance, self.max_steps)
         while not search.over:
             search.recenter(about)
             if len(start) <= _DENSE:
@@ -99,6 +104,10 @@ class QuasiNewton:
                 options = {"gtol": 0.0, "ftol": 0.0, "maxiter": self.max_steps, "maxfun": self.max_steps, "maxcor": 20}
                 search.run("L-BFGS-B", options=options)
         return search.maximum()
+
+    def _tolerance(self, at: Evaluation) -> float:
+        """A line search compares values, and below this distance from an optimum they differ by rounding errors."""
+        return max(self.tolerance, 2 * (at.rounding * abs(at.value)) ** 0.5)
 
 
 def newton_decrement(evaluation: Evaluation) -> float:
@@ -120,13 +129,18 @@ class _Search:
         function: Function,
         start: Vector,
         norm: Callable[[Evaluation], float],
-        tolerance: float,
+        tolerance: Callable[[Evaluation], float],
         max_steps: int,
     ) -> None:
         self.function, self.norm = function, norm
-        self.tolerance, self.max_steps = tolerance, max_steps
+        self._tolerance, self.max_steps = tolerance, max_steps
         self.point, self.best = start, function(start)
         self.num_steps, self.rounds, self.progress, self.failed = 1, 0, True, False
+
+    @property
+    def tolerance(self) -> float:
+        """Largest gradient that counts as none at the best point so far."""
+        return self._tolerance(self.best)
 
     @property
     def converged(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["demo_figure", "save_figure"]
+__all__ = ["demo_figure", "history_figure", "save_figure"]
 
 # Okabe and Ito's palette, which color-blind readers can tell apart; line styles tell the same in print.
 _COLORS = {"un-amortized": "#E69F00", "joint head": "#D55E00", "marginal head": "#0072B2"}
@@ -19,6 +20,7 @@ _LINES: dict[str, dict[str, Any]] = {
     "joint head": {"linestyle": (0, (4, 1.5)), "linewidth": 1.4, "zorder": 3},
     "marginal head": {"linestyle": "-", "linewidth": 1.8, "zorder": 2},
 }
+_STAGES = "#0072B2", "#D55E00", "#009E73", "#CC79A7"
 _REFERENCE, _RAW = "#000000", "#9A9A9A"
 _RAW_BARS = {"alpha": 0.4, "linewidth": 3.6}
 _BARS = {"marker": "o", "markersize": 1.8, "elinewidth": 0.9, "linestyle": "none"}
@@ -67,6 +69,46 @@ def demo_figure(result: Any) -> Any:
             _draw_units(below[name], result, name, raw_estimates[name])
         _draw_history(below["history"], result)
         _draw_legend(cells[-1], matplotlib)
+    return figure
+
+
+def history_figure(result: Any) -> Any:
+    """Draw how a fit went: by evaluation, what was missing to each stage's best value, and the gradient.
+
+    Points where the objective did not exist are crosses at the top.
+
+    :param FitResult result: what :func:`laplace_amort.fit` returned.
+    :return: a ``matplotlib.figure.Figure``, which belongs to no window.
+    :raises ImportError: if matplotlib is not installed.
+    """
+    matplotlib = require_matplotlib()
+    stages = list(dict.fromkeys(step.stage for step in result.history))
+    with matplotlib.rc_context(_STYLE):
+        figure = matplotlib.figure.Figure(figsize=(6.0, 4.2), layout="constrained")
+        upper, lower = figure.subplots(2, 1, sharex=True)
+        for stage, color in zip(stages, itertools.cycle(_STAGES), strict=False):
+            at = numpy.array([i for i, step in enumerate(result.history, 1) if step.stage == stage])
+            steps = [step for step in result.history if step.stage == stage]
+            values, norms = (numpy.array([getattr(s, name) for s in steps]) for name in ("objective", "gradient_norm"))
+            there, finite = numpy.isfinite(values), numpy.isfinite(norms)
+            missing = values[there].max(initial=-numpy.inf) - values
+            # Checks between rounds are no sequence.
+            line = "none" if stage == "fresh draws" else "-"
+            style = {"color": color, "marker": "o", "markersize": 3, "linestyle": line}
+            upper.plot(at[there], missing[there], label=stage, linewidth=0.6, **style)
+            top = numpy.full((~there).sum(), 0.96)
+            upper.plot(at[~there], top, "x", color=color, transform=upper.get_xaxis_transform())
+            lower.plot(at[finite], norms[finite], linewidth=0.6, **style)
+        upper.set_yscale("symlog", linthresh=1e-3)
+        upper.set_ylim(bottom=0)
+        upper.set_ylabel("best of the stage \N{MINUS SIGN} objective (nats)")
+        upper.legend(frameon=False)
+        upper.set_title(f"{result.status.name}, {result.seconds:.3g} s", loc="left")
+        if any(numpy.isfinite(step.gradient_norm) for step in result.history):
+            lower.set_yscale("log")
+        lower.set_ylabel("gradient (posterior sd)")
+        lower.set_xlabel("evaluation")
+        lower.xaxis.get_major_locator().set_params(integer=True)
     return figure
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from laplace_amort.coordinates import Vector
-from laplace_amort.errors import ModelError, RecordingError
+from laplace_amort.errors import ModelError, RecordingError, ResumeError
 from laplace_amort.guides import AutoLaplaceFamily
 from laplace_amort.journal import Journal
 from laplace_amort.modes import FreeMode, Mode, NewtonMode
@@ -72,6 +72,25 @@ class Target:
         leaves = [*self.guide.parameters(), *self.unit_model.density.parameters().values()]
         rest: dict[int, Tensor] = {id(leaf): leaf for leaf in leaves}
         return first + [leaf for leaf in rest.values() if all(leaf is not one for one in first)]
+
+    def state(self) -> tuple[Vector, tuple[Tensor, Tensor]]:
+        """Return where all parameters stand, and what the guide remembers of modes."""
+        return to_vector(self.parameters()), self.guide.warm_start.state()
+
+    def restore(self, state: tuple[Vector, tuple[Tensor, Tensor]]) -> None:
+        """Bring back what :meth:`state` returned, as the first start.
+
+        :raises ResumeError: if it is of other parameters.
+        """
+        vector, self.first = state
+        sizes = len(vector), self.first[0].shape
+        if sizes != (sum(p.numel() for p in self.parameters()), self.guide.warm_start.intercept.shape):
+            raise ResumeError(
+                f"the saved fit has {sizes[0]} parameters and units {tuple(sizes[1])}, and this guide has others. Was "
+                "it made for other data or by other settings? Start anew:\n    fit(model, guide, *args)"
+            )
+        set_vector(self.parameters(), vector)
+        self.guide.warm_start.restore(self.first)
 
     def log_joint_at_start(self) -> float:
         """Return the value of the log joint where the fit starts."""

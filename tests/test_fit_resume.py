@@ -69,9 +69,8 @@ def test_resumed_fit_is_the_fit(case, monkeypatch, tmp_path):
         assert len(stopped.history) == call
         path = tmp_path / f"{call}.pt"
         stopped.save(path)
-        for resume in (stopped, path):
-            resumed = fit(poisson, guide_for(poisson, **options), Z, **settings, resume=resume)
-            assert_same(resumed, expected)
+        assert_same(fit(poisson, stopped.guide, Z, **settings, resume=stopped), expected)  # with the guide as it stands
+        assert_same(fit(poisson, guide_for(poisson, **options), Z, **settings, resume=path), expected)
 
 
 def test_interrupted_fit_has_the_best_point(monkeypatch):
@@ -118,6 +117,12 @@ def test_another_fit_cannot_go_on_from_it(what):
         RESUMED_BY_ANOTHER[what](guide_for(poisson), saved)
 
 
+def test_another_number_of_units_cannot():
+    saved = fit(poisson, guide_for(poisson), Z)
+    with pytest.raises(ResumeError, match="this guide has others"):
+        fit(poisson, guide_for(poisson), Z[:, :-1], resume=saved)
+
+
 def test_files_that_are_none(tmp_path):
     path = tmp_path / "fit.pt"
     with pytest.raises(FileNotFoundError):
@@ -145,8 +150,8 @@ def test_resumed_walk_is_the_walk(step, monkeypatch, tmp_path):
         stopped = fit(subsampled, guide_for(subsampled), COUNTS, 5, optimizer=FEW)
     assert stopped.status is FitStatus.INTERRUPTED
     stopped.save(tmp_path / "fit.pt")
-    for resume in (stopped, tmp_path / "fit.pt"):
-        resumed = fit(subsampled, guide_for(subsampled), COUNTS, 5, optimizer=FEW, resume=resume)
+    for guide, resume in ((stopped.guide, stopped), (guide_for(subsampled), tmp_path / "fit.pt")):
+        resumed = fit(subsampled, guide, COUNTS, 5, optimizer=FEW, resume=resume)
         assert torch.equal(resumed.guide.loc, expected.guide.loc)
         assert resumed.objective == expected.objective
         assert resumed.status is expected.status is FitStatus.MAX_STEPS

@@ -4,10 +4,13 @@ import sys
 
 import numpy
 import pytest
+import torch
 from demo_results import LABELS, exact_result, short_results
+from fit_models import guide_for, poisson, poisson_counts
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from pyro.infer.autoguide.initialization import init_to_value
 
-from laplace_amort import demo, plots
+from laplace_amort import demo, fit, plots
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +79,19 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r'pip install "laplace_amort\[plots\]"'):
         plots.demo_figure(exact_result())
+
+
+def test_history_of_a_fit():
+    """Every evaluation is a point, those without an objective are crosses, and infinite gradients are left out."""
+    z, values = poisson_counts(), {"mu": torch.tensor(30.0), "tau": torch.tensor(11.0), "y": torch.zeros(40)}
+    guide = guide_for(poisson, init_loc_fn=init_to_value(values=values))
+    result = fit(poisson, guide, z, starts=3)
+    figure = plots.history_figure(result)
+    upper, lower = figure.axes
+    drawn = sum(len(line.get_xdata()) for line in upper.lines)
+    assert drawn == len(result.history)
+    assert sum(len(line.get_xdata()) for line in lower.lines) == sum(
+        step.gradient_norm < float("inf") for step in result.history
+    )
+    assert {text.get_text() for text in upper.get_legend().get_texts()} == {step.stage for step in result.history}
+    figure.canvas.draw()
