@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from laplace_amort.arrowhead_information import local_information
 from laplace_amort.errors import NUMERICAL_ERRORS, ModelError
 from laplace_amort.evaluation import Maximum
 from laplace_amort.family import LaplaceGaussian
@@ -30,6 +31,8 @@ from laplace_amort.target import Target
 __all__ = ["fit"]
 
 _START_STEPS = 100  # on the one minibatch with which a stochastic fit begins
+# Conditional standard deviations beside the mode where curvatures are compared, and by what share they may differ.
+_BESIDE, _NOTICEABLE = 1e-3, 0.05
 
 
 def fit(
@@ -170,6 +173,9 @@ def _result(run: Run, objective: Objective, ends: list[End], value: tuple[float,
     problem = maximum.evaluation.problem or next((step.problem for step in run.history[::-1] if step.problem), "")
     if problem and not maximum.status.ok:
         notes.append(f"the last point without an objective: {problem}")
+    gaussian = _gaussian(target, objective, maximum)
+    if gaussian is not None:
+        notes += _kinks(target, gaussian)
     return FitResult(
         status=maximum.status,
         guide=target.guide,
@@ -181,7 +187,7 @@ def _result(run: Run, objective: Objective, ends: list[End], value: tuple[float,
         timings=run.timings,
         optima=[_optimum(target, end) for end in ends],
         notes=notes,
-        gaussian=_gaussian(target, objective, maximum),
+        gaussian=gaussian,
         saved=saved,
     )
 
@@ -206,6 +212,23 @@ def _gaussian(target: Target, objective: Objective, maximum: Maximum) -> Laplace
             return dataclasses.replace(gaussian, unit_model=target.unit_model.live())
     except NUMERICAL_ERRORS:
         return None
+
+
+@torch.no_grad()
+def _kinks(target: Target, gaussian: LaplaceGaussian) -> list[str]:
+    """Say so if the curvature of a unit at its mode is not that beside it: autograd sees none at the tip of a kink."""
+    model, tail = target.unit_model, gaussian.precision.tail
+    beside = gaussian.local_loc + _BESIDE * gaussian.precision.local_scale_tril.sum(-1)
+    _, there = local_information(model.log_joint, gaussian.global_loc, beside)
+    change = ((there / target.weight - tail).flatten(1).norm(dim=1) / tail.flatten(1).norm(dim=1)).nan_to_num(nan=0.0)
+    if not len(change) or change.max() < _NOTICEABLE:
+        return []
+    unit = int(change.argmax())
+    return [
+        f"the curvature of {model.describe(unit)} changes by {100 * float(change[unit]):.0f} % within {_BESIDE:g} "
+        f"standard deviations of its mode ({int((change > _NOTICEABLE).sum())} of {len(change)} units): do not rely on "
+        "it. Is there a kink, such as abs, max or clamp, in the density?"
+    ]
 
 
 def _check_arguments(model: Any, guide: Any, objective: Any, optimizer: Any, starts: int) -> None:

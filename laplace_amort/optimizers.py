@@ -26,6 +26,8 @@ _NEAR = 0.1
 _KICK = 0.1
 # The same, that one step may go at most.
 _FARTHEST = 1e6
+# Evaluations without a better one after which a search is stuck: a trust region is a trillionth by then.
+_PATIENCE = 20
 
 
 @runtime_checkable
@@ -121,6 +123,10 @@ def newton_decrement(evaluation: Evaluation) -> float:
     return float(numpy.linalg.norm(numpy.linalg.solve(factor, evaluation.gradient)))
 
 
+class _Enough(Exception):
+    """As many evaluations as there may be; a line search knows no other way to stop."""
+
+
 class _Search:
     """One maximization under way: what SciPy asks for, in standard deviations from where a round began."""
 
@@ -136,6 +142,8 @@ class _Search:
         self._tolerance, self.max_steps = tolerance, max_steps
         self.point, self.best = start, function(start)
         self.num_steps, self.rounds, self.progress, self.failed = 1, 0, True, False
+        self.last_better = 1  # the number of the best evaluation
+        self.raised: Exception | None = None
 
     @property
     def tolerance(self) -> float:
@@ -169,7 +177,11 @@ class _Search:
                 scipy.optimize.minimize(
                     self.loss, zero, method=method, jac=self.slope, callback=self.after_step, **settings
                 )
-            except (ValueError, numpy.linalg.LinAlgError, UnboundLocalError):
+            except _Enough:
+                pass
+            except (ValueError, numpy.linalg.LinAlgError, UnboundLocalError) as error:
+                if error is self.raised:  # by the objective itself
+                    raise
                 # Next to where a mode ends, second derivatives are too large even to be squared; and trust-exact of
                 # SciPy 1.17 stumbles where its inner iteration does not end. One more round, by another method.
                 failed = True
@@ -211,7 +223,8 @@ class _Search:
 
     def after_step(self, u: Vector) -> None:
         """Stop SciPy once there is nothing more to do, in a way that it knows."""
-        if self.converged or self.num_steps >= self.max_steps:
+        stuck = self.num_steps - self.last_better >= _PATIENCE
+        if stuck or self.converged or self.num_steps >= self.max_steps:
             raise StopIteration
 
     def loss(self, u: Vector) -> float:
@@ -237,10 +250,17 @@ class _Search:
     def _at(self, u: Vector) -> Evaluation:
         if numpy.array_equal(u, self.last[0]):
             return self.last[1]
+        if self.num_steps >= self.max_steps:
+            raise _Enough
         point = self.origin + self.coordinates.step(u)
-        found = self.function(point)
+        try:
+            found = self.function(point)
+        except Exception as error:
+            self.raised = error
+            raise
         self.num_steps += 1
         self.last = (u.copy(), found)
         if found.value > self.best.value:
             self.point, self.best, self.best_u = point, found, u.copy()
+            self.last_better = self.num_steps
         return found

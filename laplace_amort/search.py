@@ -11,6 +11,7 @@ import numpy
 import torch
 from torch import Tensor
 
+from laplace_amort.coordinates import Coordinates
 from laplace_amort.evaluation import Maximum
 from laplace_amort.fit_status import FitStatus
 from laplace_amort.objectives import FixedDrawELBO, MarginalLaplace, Objective
@@ -112,7 +113,7 @@ def _is_same(one: Maximum, other: Maximum) -> bool:
     allowed = _SAME_VALUE + 1e-8 * abs(a.value) + 3 * math.hypot(a.standard_error, b.standard_error)
     difference = one.point - other.point
     if b.information is not None:
-        near = float(difference @ b.information @ difference) <= _SAME_PLACE**2
+        near = Coordinates.of_information(b.information).distance(difference) <= _SAME_PLACE
     else:
         largest = float(numpy.abs(one.point).max(initial=0.0))
         near = float(numpy.abs(difference).max(initial=0.0)) <= _SAME_PLACE * (1 + largest)

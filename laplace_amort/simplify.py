@@ -5,7 +5,8 @@ one scale for all units. Derivatives of third and fourth order pay for that many
 
 - a tensor that was expanded is used unexpanded by all that works element by element, and expanded after it if need be;
 - :math:`\log e^x = x`, :math:`z \log e^x = z x`, :math:`x^2 = x \cdot x`, and a division of many numbers by few is a
-  multiplication by their reciprocals.
+  multiplication by their reciprocals;
+- where torch writes a smooth density with a kink, in Binomial, it is written without.
 
 Results are the same but for rounding errors; :func:`~laplace_amort.recording.record` compares them.
 """
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 __all__ = ["simplified"]
 
@@ -100,6 +101,8 @@ class _Simplifier:
     def _rewritten(self, target: Any, old: fx.Node) -> tuple[Any, list[Any]]:
         """The operation and its arguments, or None and the argument that is the result."""
         args: list[Any] = [self._of(argument) if isinstance(argument, fx.Node) else argument for argument in old.args]
+        if target is _aten.log1p.default and (x := _in_kinked_softplus(args[0])) is not None:
+            return _smooth_kink, [args[0]._replace(node=x)]
         if target in _NEUTRAL and not isinstance(args[1], _Value) and args[1] == _NEUTRAL[target]:
             return None, args[:1]
         if target is _aten.log.default and _is_exp(args[0]):
@@ -140,6 +143,26 @@ class _Simplifier:
         is_view = node.op != "call_function" or _is_view(node.target)
         itemsize = getattr(old.meta.get("dtype"), "itemsize", 0)
         node.meta.update(bytes=0 if is_view else shape.numel() * itemsize, dtype=old.meta.get("dtype"))
+
+
+def _smooth_kink(x: Tensor) -> Tensor:
+    r"""Return :math:`\log(1 + e^{-|x|})` as :math:`\log(1 + e^x) - \max(x, 0)`.
+
+    Torch's Binomial adds the maximum again, and differentiated apart both are wrong at zero, from the second derivative
+    on: there, autograd takes the slope of an absolute value for zero. So the maximum cancels, and what is left is
+    smooth.
+    """
+    return -torch.nn.functional.logsigmoid(-x) - (x.clamp(min=0) + x - x.clamp(max=0)) / 2
+
+
+def _in_kinked_softplus(value: _Value) -> Any:
+    """The node of x, of :math:`e^{-|x|}`."""
+    node: Any = value.node
+    for target in (_aten.exp.default, _aten.neg.default, _aten.abs.default):
+        if not isinstance(node, fx.Node) or node.target is not target:
+            return None
+        node = node.args[0]
+    return node
 
 
 def _is_exp(value: Any) -> bool:

@@ -34,7 +34,9 @@ def other_starts(target: Target, start: Tensor) -> Iterator[Tensor]:
 
 
 def random_starts(target: Target, num_starts: int, seed: int) -> Iterator[Tensor]:
-    """Yield starts ``(d,)`` that are uniform between -2 and 2 in unconstrained space, as Stan's.
+    """Yield starts ``(d,)`` by Pyro's ``init_to_uniform``: between -2 and 2 in unconstrained space, as Stan's.
+
+    (A simplex has other coordinates here than there, so that its starts are not uniform.)
 
     :param Target target: has the sites of the model.
     :param int num_starts: how many.

@@ -376,3 +376,33 @@ def test_refusals(what):
 def test_settings_of_the_elbo(settings, message):
     with pytest.raises(ValueError, match=message):
         FixedDrawELBO(**settings)
+
+
+# ---------------------------------------------------------------------------------------------------------------- kinks
+
+
+def binomial(z, total_count=6):
+    """Half of the trials are successes, so that every mode is at a logit of zero."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("units", len(z)):
+        y = pyro.sample("y", dist.Normal(mu, 1.0))
+        pyro.sample("z", dist.Binomial(total_count, logits=y), obs=z)
+
+
+def test_binomial_at_logits_of_zero():
+    """Torch's density has no curvature there: a quarter of the trials is what there is."""
+    result = fit(binomial, guide_for(binomial), torch.full((4,), 3.0), objective=MarginalLaplace())
+    torch.testing.assert_close(result.gaussian.precision.tail.flatten(), torch.full((4,), 2.5))
+    assert not result.notes
+
+
+def test_a_kink_at_the_mode_is_told():
+    def kinked(z):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("units", len(z)):
+            y = pyro.sample("y", dist.Normal(mu, 1.0))
+            pyro.factor("z", -(((y - mu).abs() + 0.1 * z) ** 2))
+
+    result = fit(kinked, guide_for(kinked), torch.ones(4), objective=MarginalLaplace())
+    assert "is there a kink" in result.notes[-1].lower()
+    assert "4 of 4 units" in result.notes[-1]

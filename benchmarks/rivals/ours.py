@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ HEADS = {"joint": JointCurvature, "marginal": MarginalCurvature}
 
 # What the limit of an ELBO is taken from: many more draws than a fit needs, and then as many for the comparison.
 LIMIT = FixedDrawELBO(num_draws=256, max_draws=4096, accuracy=0.01)
-COMPARED_NUMBERS = 2**22
+LIMIT_NUMBERS, COMPARED_NUMBERS = 2**24, 2**22  # drawn at a time
 
 
 def _timed_fit(task: Task, guide: AutoLaplaceFamily, objective: Any) -> tuple[FitResult, float]:
@@ -75,7 +76,8 @@ def fit_elbo(task: Task, head: str) -> dict[str, Any]:
     result, seconds = _timed_fit(task, guide, FixedDrawELBO())
     reached = guide.loc.detach().clone()
     begun = time.perf_counter()
-    limit, _ = _timed_fit(task, guide, LIMIT)
+    num_draws = min(LIMIT.num_draws, max(16, LIMIT_NUMBERS // task.units // 2 * 2))
+    limit, _ = _timed_fit(task, guide, replace(LIMIT, num_draws=num_draws))
     gap, error, elbo, elbo_error = _gap(task, guide, reached)
     set_up = result.timings["set-up"]
     return {
@@ -93,10 +95,11 @@ def _gap(task: Task, guide: AutoLaplaceFamily, reached: torch.Tensor) -> tuple[f
     """ELBO at the parameter reached less that at the limit, on the same draws; and the limit. Each with its error."""
     target = Target(guide, task.pyro_args, {})
     limit, numbers = target.loc.clone(), target.start.numel() + len(reached)
-    num_draws = int(min(4096, max(64, COMPARED_NUMBERS // numbers // 2 * 2)))
+    num_draws = int(min(4096, max(8, COMPARED_NUMBERS // numbers // 2 * 2)))
+    size = min(64, num_draws)
     values = []
     for point in (reached, limit):
         target.place(point)
-        batches = [BoundELBO(target, 64, 10_000 + batch).values() for batch in range(num_draws // 64)]
+        batches = [BoundELBO(target, size, 10_000 + batch).values() for batch in range(num_draws // size)]
         values.append(torch.cat([terms.unflatten(0, (2, -1)).mean(0) for terms in batches]).repeat(2))
     return *mean_of_pairs(values[0] - values[1]), *mean_of_pairs(values[1])
