@@ -14,7 +14,7 @@ from laplace_amort.coordinates import Coordinates
 from laplace_amort.evaluation import Evaluation, Maximum
 from laplace_amort.fit_status import FitStatus
 from laplace_amort.optimizers import Optimizer, QuasiNewton, TrustRegion, newton_decrement
-from laplace_amort.run import Run
+from laplace_amort.run import CHECK, Run
 from laplace_amort.target import Target
 
 __all__ = ["FixedDrawELBO", "MarginalLaplace", "Objective"]
@@ -149,7 +149,7 @@ class FixedDrawELBO:
             bound.move(maximum.point)
             if not maximum.status.ok or not len(maximum.point):
                 return maximum
-            check = run.function("fresh draws", fresh, norm)(maximum.point)
+            check = run.function(CHECK, fresh, norm)(maximum.point)
             needed = self._needed(num_draws, maximum.evaluation, check, coordinates)
             if needed <= num_draws:
                 return maximum

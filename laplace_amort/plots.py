@@ -11,6 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from laplace_amort.run import CHECK
+
 __all__ = ["demo_figure", "history_figure", "save_figure"]
 
 # Okabe and Ito's palette, which color-blind readers can tell apart; line styles tell the same in print.
@@ -93,7 +95,7 @@ def history_figure(result: Any) -> Any:
             there, finite = numpy.isfinite(values), numpy.isfinite(norms)
             missing = values[there].max(initial=-numpy.inf) - values
             # Checks between rounds are no sequence.
-            line = "none" if stage == "fresh draws" else "-"
+            line = "none" if stage == CHECK else "-"
             style = {"color": color, "marker": "o", "markersize": 3, "linestyle": line}
             upper.plot(at[there], missing[there], label=stage, linewidth=0.6, **style)
             top = numpy.full((~there).sum(), 0.96)

@@ -18,7 +18,9 @@ from laplace_amort.fit_status import FitStatus
 from laplace_amort.journal import Journal
 from laplace_amort.target import Target, to_vector
 
-__all__ = ["Run", "Step", "progress_bar"]
+__all__ = ["CHECK", "Run", "Step", "progress_bar"]
+
+CHECK = "fresh draws"  # the stage in which an optimum is tried on other draws
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,7 @@ class Run:
         self.history: list[Step] = []
         self.timings: dict[str, float] = {}
         self._best: Maximum | None = None
+        self._best_of: tuple[str, int] = "", 0  # the stage and draws that it is the best of
 
     def function(self, stage: str, bound: BoundObjective, norm: Callable[[Evaluation], float]) -> Function:
         """Return an objective whose evaluations are kept and shown.
@@ -65,7 +68,6 @@ class Run:
         :param BoundObjective bound: the objective.
         :param norm: of the gradient, in posterior standard deviations.
         """
-        self._best = None
         self.bar.set_description(stage)
 
         def evaluate(point: Vector) -> Evaluation:
@@ -75,14 +77,21 @@ class Run:
             self.history.append(Step(stage, found.value, size, bound.num_draws, seconds, found.problem))
             self.bar.set_postfix_str(f"loss {-found.value:.6g}, gradient {size:.2g} sd", refresh=False)
             self.bar.update()
-            if self._best is None or found.value > self._best.evaluation.value:
-                self._best = Maximum(point.copy(), found, FitStatus.INTERRUPTED, size)
+            self._keep_best(stage, bound.num_draws, Maximum(point.copy(), found, FitStatus.INTERRUPTED, size))
             return found
 
         return evaluate
 
+    def _keep_best(self, stage: str, num_draws: int, found: Maximum) -> None:
+        """Values are compared within a stage, over all its starts; those on fresh draws are only a check."""
+        if stage == CHECK:
+            return
+        another = self._best_of != (stage, num_draws)
+        if self._best is None or another or found.evaluation.value > self._best.evaluation.value:
+            self._best, self._best_of = found, (stage, num_draws)
+
     def interrupted(self) -> Maximum:
-        """Put the guide where it stood best in the present stage, and say where that is."""
+        """Put the guide where it stood best in the last stage that came to anything, and say where that is."""
         if self._best is None:
             point = to_vector([self.target.loc])
             nothing = Evaluation(-math.inf, numpy.zeros_like(point), problem="nothing was evaluated yet")
@@ -93,7 +102,7 @@ class Run:
     @property
     def num_draws(self) -> int:
         """How many draws the last evaluation of an optimizer averaged over; 0 if over none."""
-        return next((step.num_draws for step in self.history[::-1] if step.stage != "fresh draws"), 0)
+        return next((step.num_draws for step in self.history[::-1] if step.stage != CHECK), 0)
 
     def timed(self, stage: str, compute: Callable[[], Any]) -> Any:
         """Return what is computed, and keep it and how long it took."""

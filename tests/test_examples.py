@@ -1,5 +1,8 @@
 """The worked examples: modes against independent roots and derivatives, guides against the log joint."""
 
+import re
+import textwrap
+
 import mpmath
 import numpy
 import pyro
@@ -11,6 +14,7 @@ from pyro import poutine
 from pyro.infer import SVI, Predictive, Trace_ELBO
 from pyro.optim import ClippedAdam
 
+import laplace_amort
 from laplace_amort import (
     AutoLaplaceFamily,
     JointCurvature,
@@ -300,3 +304,13 @@ def test_the_guide_by_hand_passes_the_gradient_checks():
     )
     assert report.ok
     assert len(report.rows) >= 5
+
+
+@pytest.mark.parametrize(("example", "elbo"), [(multisite, -26.85), (epil, -690.2), (radon, -1066.3)])
+def test_fit_as_its_docstring_shows(example, elbo, capsys):
+    """The ELBOs are those that long runs of SVI end at (``laplace-amort demo``), to 0.7 nats."""
+    block = re.search(r"^To fit it::\n\n((?:    .*\n)+)", example.__doc__, re.MULTILINE)
+    exec(textwrap.dedent(block[1]), vars(laplace_amort) | vars(example))
+    printed = capsys.readouterr().out
+    assert printed.startswith("CONVERGED")
+    assert float(re.search(r"objective (-[\d.]+)", printed)[1]) == pytest.approx(elbo, abs=0.7)

@@ -83,6 +83,15 @@ def test_interrupted_fit_has_the_best_point(monkeypatch):
     assert "go on with resume=" in str(result)
 
 
+def test_interrupted_among_several_starts(monkeypatch):
+    """What the first start found is kept when the second has just begun."""
+    first = fit(poisson, guide_for(poisson), Z, objective=MarginalLaplace())
+    Interrupt(monkeypatch, Bound, "__call__", len(first.history) + 1)
+    result = fit(poisson, guide_for(poisson), Z, objective=MarginalLaplace(), starts=3)
+    assert result.status is FitStatus.INTERRUPTED
+    assert torch.equal(result.guide.loc, first.guide.loc)
+
+
 def test_interrupted_twice(monkeypatch):
     expected = fit(poisson, guide_for(poisson), Z, num_draws=4)
     result = None

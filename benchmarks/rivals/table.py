@@ -1,6 +1,8 @@
 """Print the results as tables in reStructuredText: ``python benchmarks/rivals/table.py results.csv``.
 
 A table for each task and size; every number is the median over the seeds. Rows that failed say why, below the table.
+``--ratio TMB "laplace-amort MarginalLaplace"`` prints one table instead: how many times as long the first took as the
+second, seed by seed, and how far their estimates are apart.
 """
 
 from __future__ import annotations
@@ -33,6 +35,8 @@ NUMBERS = {
     "global_se_difference": ("global SE", ".1e"),
     "local_se_difference": ("local SE", ".1e"),
 }
+
+DIFFERENCES = "global_difference", "global_se_difference", "local_se_difference"
 
 Row = dict[str, Any]
 
@@ -75,12 +79,42 @@ def notes(by_rival: dict[str, list[Row]]) -> Iterator[str]:
             yield f"- ``{name}`` (seed {seeds}): {status}"
 
 
+def ratio_table(rows: list[Row], slower: str, faster: str) -> str:
+    """Medians of both times and the range of their ratio over the seeds; and the largest of all differences."""
+    done = {(row["task"], int(row["units"]), row["seed"], row["rival"]): row for row in rows if row["status"] == "ok"}
+    cases = sorted({key[:2] for key in done}, key=lambda case: (list(KINDS).index(case[0]), case[1]))
+    body = []
+    for case in cases:
+        pairs = [(done.get((*case, seed, slower)), done.get((*case, seed, faster))) for seed in _seeds(rows)]
+        both = [(a, b) for a, b in pairs if a and b]
+        if both:
+            times = [[float(row["total_seconds"]) for row in column] for column in zip(*both, strict=True)]
+            ratios = [a / b for a, b in zip(*times, strict=True)]
+            worst = [_largest([b for _, b in both], column) for column in DIFFERENCES]
+            medians = [format(statistics.median(column), ".3g") for column in times]
+            body.append([*case, len(both), *medians, f"{min(ratios):.2g} to {max(ratios):.2g}", *worst])
+    headings = ["task", "units", "seeds", f"{slower}, s", f"{faster}, s", "ratio"]
+    return tabulate.tabulate(body, headings + [NUMBERS[c][0] for c in DIFFERENCES], "rst", disable_numparse=True)
+
+
+def _seeds(rows: list[Row]) -> list[str]:
+    return sorted({row["seed"] for row in rows})
+
+
+def _largest(rows: list[Row], column: str) -> str:
+    values = [float(row[column]) for row in rows if row.get(column)]
+    return format(max(values), ".0e") if values else ""
+
+
 def main() -> None:
     """Read and print."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("results", type=Path)
-    with parser.parse_args().results.open(encoding="utf-8", newline="") as file:
-        print("\n\n".join(tables(list(csv.DictReader(file)))))
+    parser.add_argument("--ratio", nargs=2, metavar=("SLOWER", "FASTER"), choices=RIVALS)
+    chosen = parser.parse_args()
+    with chosen.results.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    print(ratio_table(rows, *chosen.ratio) if chosen.ratio else "\n\n".join(tables(rows)))
 
 
 if __name__ == "__main__":

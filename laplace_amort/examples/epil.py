@@ -12,10 +12,7 @@ To fit it::
 
     x, y = data()
     guide = AutoLaplaceFamily(model, head=MarginalCurvature())
-    optimizer = ClippedAdam({"lr": 0.1, "lrd": 0.9885, "betas": (0.9, 0.95)})
-    svi = SVI(model, guide, optimizer, Trace_ELBO(num_particles=32, vectorize_particles=True))
-    for _ in range(400):
-        svi.step(x, y)
+    print(fit(model, guide, x, y))
     posterior = guide.sample_posterior(1000, x, y)
 
 The scale of a hierarchy is what the joint curvature gets least right: compare the posteriors of ``sigma`` that

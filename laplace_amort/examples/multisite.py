@@ -12,10 +12,7 @@ To fit it::
 
     effect, se = data()
     guide = AutoLaplaceFamily(model, ClosedFormMode(closed_form_mode))
-    optimizer = ClippedAdam({"lr": 0.1, "lrd": 0.9885, "betas": (0.9, 0.95)})
-    svi = SVI(model, guide, optimizer, Trace_ELBO(num_particles=32, vectorize_particles=True))
-    for _ in range(400):
-        svi.step(effect, se)
+    print(fit(model, guide, effect, se))
     posterior = guide.sample_posterior(1000, effect, se)
 
 :class:`AmortizedGuide` is the same family written out: a pattern for guides that no automatic one covers.

@@ -12,10 +12,7 @@ To fit it::
 
     county, floor, log_radon = data()
     guide = AutoLaplaceFamily(model, head=MarginalCurvature())
-    optimizer = ClippedAdam({"lr": 0.1, "lrd": 0.9885, "betas": (0.9, 0.95)})
-    svi = SVI(model, guide, optimizer, Trace_ELBO(num_particles=32, vectorize_particles=True))
-    for _ in range(400):
-        svi.step(county, floor, log_radon)
+    print(fit(model, guide, county, floor, log_radon))
     print(guide.median(county, floor, log_radon)["sigma_alpha"])
 
 25 counties have no home that was measured on the ground floor, and 25 have one: the data say little of
