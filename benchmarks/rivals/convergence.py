@@ -31,6 +31,7 @@ TOLERANCE = 0.05  # nats
 LIMIT_SE = 0.02  # nats
 DIFFERENCE_SE = 0.01  # nats
 COMPARISON_SECONDS = 20.0  # for one comparison, that of a million units; others need far less
+RUN_AWAY = 1e3  # how many times the typical term of an ELBO a term may be
 BUDGET_VARIABLE = "RIVALS_BUDGET_SECONDS"  # how run.py tells its workers
 
 NO_JOINT_MODE = (
@@ -189,6 +190,9 @@ def train(trainer: Trainer, setting: Setting, folder: Path) -> Run:
         path = folder / f"{setting.rate}-{setting.steps}-{step}.npz"
         np.savez(path, **params)  # type: ignore[arg-type]
         run.snapshots.append(Snapshot(path, step, seconds))
+    # A guide that has run away has terms of any size, also positive ones: rounding errors of its own density.
+    terms = trainer.terms(params, 0)
+    run.diverged = not np.isfinite(terms).all() or bool(np.abs(terms).max() > RUN_AWAY * (1 + np.abs(np.median(terms))))
     return run
 
 

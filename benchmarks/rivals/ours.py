@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from memory import Peak
 from outcome import Estimates
 from tasks import Task
 
@@ -27,6 +28,7 @@ HEADS = {"joint": JointCurvature, "marginal": MarginalCurvature}
 
 # What the limit of an ELBO is taken from: many more draws than a fit needs, and then as many for the comparison.
 LIMIT = FixedDrawELBO(num_draws=256, max_draws=4096, accuracy=0.01)
+LARGEST_LIMIT = 100_000  # units
 LIMIT_NUMBERS, COMPARED_NUMBERS = 2**24, 2**22  # drawn at a time
 
 
@@ -72,19 +74,31 @@ def fit_marginal_laplace(task: Task) -> dict[str, Any]:
 def fit_elbo(task: Task, head: str) -> dict[str, Any]:
     """The ELBO with one of the heads: seconds of the default fit, and how far below its own limit that ended."""
     _prepared()
+    peak = Peak()
     guide = AutoLaplaceFamily(task.pyro_model, head=HEADS[head]())
     result, seconds = _timed_fit(task, guide, FixedDrawELBO())
+    set_up = result.timings["set-up"]
+    found = {
+        "setup_seconds": set_up,
+        "fit_seconds": seconds - set_up,  # with the check on fresh draws, the final value and its standard error
+        "steps": len(result.history),
+        "peak_mib": peak.growth(),
+        "elbo": result.objective,
+        "elbo_se": result.standard_error,
+        "remark": result.status.name,
+    }
+    return found | _limit(task, guide, result) if task.units <= LARGEST_LIMIT else found
+
+
+def _limit(task: Task, guide: AutoLaplaceFamily, result: FitResult) -> dict[str, Any]:
+    """The limit, and how far from it the fit ended."""
     reached = guide.loc.detach().clone()
     begun = time.perf_counter()
     num_draws = min(LIMIT.num_draws, max(16, LIMIT_NUMBERS // task.units // 2 * 2))
     limit, _ = _timed_fit(task, guide, replace(LIMIT, num_draws=num_draws))
     gap, error, elbo, elbo_error = _gap(task, guide, reached)
-    set_up = result.timings["set-up"]
     return {
-        "setup_seconds": set_up,
-        "fit_seconds": seconds - set_up,  # with the check on fresh draws, the final value and its standard error
         "search_seconds": time.perf_counter() - begun,
-        "steps": len(result.history),
         "elbo": elbo,
         "elbo_se": elbo_error,
         "remark": f"{result.status.name}; {gap:+.3f} (se {error:.3f}) from its limit ({limit.status.name})",
