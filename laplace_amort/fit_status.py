@@ -29,6 +29,11 @@ class FitStatus(Status):
         "does not exist, and start elsewhere",
     )
     START_FAILED = 4, "not begun: the objective does not exist at the start nor near it; pass another init_loc_fn"
+    NO_MAXIMUM = (
+        6,
+        "not converged: at the best point the objective is flat or curves upwards in some direction; are the globals "
+        "identified?",
+    )
     INTERRUPTED = 5, "interrupted: the guide stands at the best point found; go on with resume="
 
     @property

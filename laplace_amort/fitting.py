@@ -9,9 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy
 import torch
 
 from laplace_amort.arrowhead_information import local_information
+from laplace_amort.coordinates import Vector
 from laplace_amort.errors import NUMERICAL_ERRORS, ModelError
 from laplace_amort.evaluation import Maximum
 from laplace_amort.family import LaplaceGaussian
@@ -33,6 +35,7 @@ __all__ = ["fit"]
 _START_STEPS = 100  # on the one minibatch with which a stochastic fit begins
 # Conditional standard deviations beside the mode where curvatures are compared, and by what share they may differ.
 _BESIDE, _NOTICEABLE = 1e-3, 0.05
+_NAMED = 4  # globals in the description of a direction
 
 
 def fit(
@@ -173,6 +176,8 @@ def _result(run: Run, objective: Objective, ends: list[End], value: tuple[float,
     problem = maximum.evaluation.problem or next((step.problem for step in run.history[::-1] if step.problem), "")
     if problem and not maximum.status.ok:
         notes.append(f"the last point without an objective: {problem}")
+    if maximum.status is FitStatus.NO_MAXIMUM and maximum.evaluation.information is not None:
+        notes.append(_flattest(target, maximum.evaluation.information))
     gaussian = _gaussian(target, objective, maximum)
     if gaussian is not None:
         notes += _kinks(target, gaussian)
@@ -212,6 +217,24 @@ def _gaussian(target: Target, objective: Objective, maximum: Maximum) -> Laplace
             return dataclasses.replace(gaussian, unit_model=target.unit_model.live())
     except NUMERICAL_ERRORS:
         return None
+
+
+def _flattest(target: Target, information: Vector) -> str:
+    """Name the direction in which the objective curves least downwards, with each global in a scale of its own."""
+    scale = numpy.abs(numpy.diag(information)).clip(min=numpy.finfo(float).tiny) ** -0.5
+    values, vectors = numpy.linalg.eigh(scale[:, None] * information * scale)
+    direction = scale * vectors[:, 0]
+    names = [
+        site.name if site.shape.numel() == 1 else f"{site.name}[{index}]"
+        for site in target.unit_model.layout.global_sites.values()
+        for index in range(site.shape.numel())
+    ]
+    largest = numpy.argsort(-numpy.abs(vectors[:, 0]))[:_NAMED]
+    parts = " ".join(f"{direction[i] / numpy.abs(direction[largest]).max():+.2g} {names[i]}" for i in largest)
+    return (
+        f"flattest is the direction {parts}, in unconstrained space (its curvature is {values[0]:.2g} of what each "
+        "global has by itself). Leave one of them out, or give it a prior"
+    )
 
 
 @torch.no_grad()

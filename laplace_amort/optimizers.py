@@ -216,8 +216,10 @@ class _Search:
             status = FitStatus.START_FAILED
         elif self.converged:
             status = FitStatus.CONVERGED
+        elif self.num_steps >= self.max_steps:
+            status = FitStatus.MAX_STEPS
         else:
-            status = FitStatus.MAX_STEPS if self.num_steps >= self.max_steps else FitStatus.STUCK
+            status = FitStatus.STUCK if math.isfinite(self.norm(self.best)) else FitStatus.NO_MAXIMUM
         norm = self.norm(self.best) if self.best.value > -math.inf and len(self.point) else 0.0
         return Maximum(self.point, self.best, status, norm)
 

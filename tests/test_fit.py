@@ -406,3 +406,21 @@ def test_a_kink_at_the_mode_is_told():
     result = fit(kinked, guide_for(kinked), torch.ones(4), objective=MarginalLaplace())
     assert "is there a kink" in result.notes[-1].lower()
     assert "4 of 4 units" in result.notes[-1]
+
+
+def test_globals_that_are_not_identified_are_named():
+    """A sum of two with flat priors: any two with the same sum are as good."""
+
+    def flat(z):
+        a, b = (pyro.sample(name, dist.ImproperUniform(constraints.real, (), ())) for name in "ab")
+        with pyro.plate("units", len(z)):
+            y = pyro.sample("y", dist.Normal(a + 2 * b, 1.0))
+            pyro.sample("z", dist.Normal(y, 1.0), obs=z)
+
+    result = fit(flat, guide_for(flat), Z, objective=MarginalLaplace())
+    assert result.status is FitStatus.NO_MAXIMUM
+    note = next(note for note in result.notes if "flattest" in note)
+    assert "+1 a -0.5 b" in note or "-1 a +0.5 b" in note or "-0.5 b +1 a" in note or "+0.5 b -1 a" in note
+    elbo = fit(flat, guide_for(flat), Z)
+    assert elbo.head_report.num_repaired == 1
+    assert "the precision of the globals is not that of a maximum" in str(elbo)
