@@ -87,7 +87,7 @@ class FitResult:
         return sum(self.timings.values())
 
     def standard_errors(self) -> dict[str, Tensor]:
-        r"""Return standard deviations of all latents in unconstrained space, by site, each of its site's shape.
+        r"""Return standard deviations of all latents in unconstrained space, by site, in its unconstrained shape.
 
         Those of the units are the roots of the diagonals of :math:`U_i^{-1} + W_i S^{-1} W_i^\top`: the delta method,
         the dependence of the mode on the globals included.
