@@ -6,6 +6,7 @@ infinity and says why.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 from abc import ABC, abstractmethod
@@ -115,7 +116,9 @@ class BoundELBO(Bound):
     """
 
     def __init__(self, target: Target, num_draws: int, seed: int) -> None:
-        target.guide.gaussian_of(target.unit_model)  # all parameters are in Pyro's store from here on
+        # All parameters are in Pyro's store from here on, also if there is no Gaussian where the guide stands now.
+        with contextlib.suppress(*NUMERICAL_ERRORS):
+            target.guide.gaussian_of(target.unit_model)
         super().__init__(target, target.parameters())
         self.num_draws, self.seed = num_draws, seed
 

@@ -17,7 +17,7 @@ class FitStatus(Status):
     """
 
     CONVERGED = 0, "converged: what is left of the gradient would move the optimum by less than the tolerance"
-    MAX_STEPS = 1, "not converged in the steps allowed: raise max_steps of the optimizer, or go on with resume="
+    MAX_STEPS = 1, "not converged in the steps allowed: raise max_steps of the optimizer"
     TOO_FEW_DRAWS = (
         2,
         "converged for its own draws only: others have their optimum elsewhere, so the guide fits badly in some of its "

@@ -70,8 +70,8 @@ def fit(
         find is in ``result.optima``.
     :param int seed: of all draws and starts; the state of torch's generator stays as it is.
     :param bool progress: whether to show a bar, where standard error is a terminal.
-    :param resume: a result that was interrupted or that ran out of steps, or the path of one that was saved: the fit
-        goes on, with the same numbers as if it had never stopped.
+    :param resume: a result that was interrupted, or a stochastic one that ran out of steps, or the path of one that was
+        saved: the fit goes on, with the same numbers as if it had never stopped.
     :param kwargs: keyword arguments of the model. One that has a name from this list can be passed by
         ``functools.partial(model, seed=...)``.
     :return: :class:`FitResult`. Also when a user interrupts (Ctrl-C): what was found until then.
@@ -109,7 +109,7 @@ def fit(
         run = Run(target, journal, seed, bar)
         run.add_time("set-up", time.perf_counter() - begun)
         journal.call(f"log joint {target.log_joint_at_start():.17g}", lambda: None)  # so that no other model goes on
-        if optimizer is None and target.weight != 1:
+        if optimizer is None and target.subsamples and isinstance(objective, FixedDrawELBO):
             optimizer = Stochastic()
         if isinstance(optimizer, Stochastic):
             return _stochastic(run, optimizer, saved, args, kwargs)
@@ -129,10 +129,10 @@ def _deterministic(
     run: Run, objective: Objective, optimizer: Optimizer | None, starts: int, saved: _Saved
 ) -> FitResult:
     target = run.target
-    if target.weight != 1:
-        frame = target.unit_model.layout.frame
+    for plate in target.subsamples:
+        kind = "units" if plate.name == target.unit_model.layout.frame.name else "elements"
         raise ModelError(
-            f"the model takes {frame.size} of {frame.full_size} units of plate '{frame.name}' at a time, and "
+            f"the model takes {plate.subsample_size} of {plate.size} {kind} of plate '{plate.name}' at a time, and "
             f"{type(objective).__name__} needs all of them in every evaluation. Leave subsample_size out of the model, "
             "or optimize stochastically:\n    fit(model, guide, *args, optimizer=Stochastic())"
         )

@@ -251,7 +251,7 @@ class _Walk:
         elif phase.is_stationary(self.how.accuracy / 2):
             average = phase.average()
             if state.previous is not None:
-                state.shift = phase.coordinates.distance(average - state.previous) / len(self.guide.loc) ** 0.5
+                state.shift = phase.coordinates.distance(average - state.previous) / max(len(self.guide.loc), 1) ** 0.5
             if state.shift <= self.how.accuracy:
                 state.status = FitStatus.CONVERGED
             else:

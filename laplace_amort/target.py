@@ -12,6 +12,7 @@ from torch import Tensor
 from laplace_amort.coordinates import Vector
 from laplace_amort.errors import ModelError, RecordingError, ResumeError
 from laplace_amort.guides import AutoLaplaceFamily
+from laplace_amort.handlers import SubsampledPlate
 from laplace_amort.journal import Journal
 from laplace_amort.modes import FreeMode, Mode, NewtonMode
 
@@ -55,6 +56,11 @@ class Target:
     def weight(self) -> float:
         """N/B, where B of N units are a minibatch."""
         return self.unit_model.layout.weight
+
+    @property
+    def subsamples(self) -> list[SubsampledPlate]:
+        """The plates of which the model takes only a part, of units or of anything else."""
+        return [plate for plate in self.unit_model.density.subsampled_plates if plate.subsample_size < plate.size]
 
     @property
     def mode(self) -> Mode:

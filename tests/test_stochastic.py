@@ -6,7 +6,7 @@ import torch
 from fit_models import guide_for, poisson, poisson_counts, subsampled
 from pyro.infer import Trace_ELBO
 
-from laplace_amort import FitStatus, ModelError, QuasiNewton, Stochastic, fit
+from laplace_amort import FitStatus, MarginalLaplace, ModelError, QuasiNewton, Stochastic, fit
 from laplace_amort.coordinates import Coordinates
 from laplace_amort.stochastic import Phase
 
@@ -137,3 +137,8 @@ def test_steps_that_fail_are_stepped_back_from(monkeypatch):
 def test_settings(settings, message):
     with pytest.raises(ValueError, match=message):
         Stochastic(**settings)
+
+
+def test_minibatches_are_no_marginal_density():
+    with pytest.raises(ModelError, match="MarginalLaplace needs all of them"):
+        fit(subsampled, guide_for(subsampled), Z, 10, objective=MarginalLaplace())
