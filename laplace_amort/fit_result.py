@@ -45,7 +45,8 @@ class FitResult:
 
     :param FitStatus status: how the fit ended, a sentence; ``status.ok`` if it converged.
     :param AutoLaplaceFamily guide: the guide, standing at the optimum.
-    :param float objective: the value there; of an ELBO, on draws that the optimizer has not seen.
+    :param float objective: the value there; of an ELBO, on draws that the optimizer has not seen. After an interrupt,
+        that of the stage it came in: see ``history``.
     :param float standard_error: of that value; 0 where it is exact.
     :param float gradient_norm: in posterior standard deviations: to first order how far the optimum still is.
     :param int num_draws: draws that the optimizer averaged over; 0 for an objective without.

@@ -65,9 +65,9 @@ def fit(
     :param objective: :class:`~laplace_amort.FixedDrawELBO` or :class:`~laplace_amort.MarginalLaplace`.
     :param optimizer: :class:`~laplace_amort.TrustRegion`, :class:`~laplace_amort.QuasiNewton` or
         :class:`~laplace_amort.Stochastic`; by default what suits objective and model.
-    :param int num_draws: draws that the ELBO begins with, an even number.
-    :param int starts: how many; those after the first are uniform between -2 and 2 in unconstrained space. What they
-        find is in ``result.optima``.
+    :param int num_draws: draws that the ELBO begins with, an even number; of no effect with :class:`Stochastic`.
+    :param int starts: how many, of no effect with :class:`Stochastic`; those after the first are uniform between -2 and
+        2 in unconstrained space. What they find is in ``result.optima``.
     :param int seed: of all draws and starts; the state of torch's generator stays as it is.
     :param bool progress: whether to show a bar, where standard error is a terminal.
     :param resume: a result that was interrupted, or a stochastic one that ran out of steps, or the path of one that was
@@ -77,6 +77,8 @@ def fit(
     :return: :class:`FitResult`. Also when a user interrupts (Ctrl-C): what was found until then.
     :raises ModelError: if the model is not that of the guide, or the guide cannot take it.
     :raises ResumeError: if what was saved is another fit.
+    :raises TypeError: if guide, objective or optimizer is none, or if objective and optimizer do not go together.
+    :raises ValueError: if ``starts`` or ``num_draws`` is out of its range.
 
     Example: a Gaussian model, in which the family holds the posterior::
 

@@ -51,7 +51,8 @@ class TrustRegion:
     without second derivative: :class:`QuasiNewton`.
 
     :param float tolerance: largest Newton decrement that counts as convergence, in posterior standard deviations. By
-        default 1e-6; the last step makes it smaller by orders of magnitude.
+        default 1e-6; the last step makes it smaller by orders of magnitude. More in single precision, where rounding
+        errors of the gradient are larger.
     :param int max_steps: trial steps at most.
     """
 

@@ -82,7 +82,8 @@ def record(log_joint: LogJoint, global_: Tensor, local: Tensor) -> Recording:
     :param log_joint: of globals ``(d,)`` and units ``(N, k)``; returns a scalar.
     :param Tensor global_: where to record, ``(d,)``.
     :param Tensor local: ``(N, k)``.
-    :raises RecordingError: if the log joint branches on the value of an argument, writes to tensors in place, or if at
+    :raises RecordingError: if the log joint is seen to branch on the value of an argument (``.tolist()`` and NumPy are
+        not seen), writes to tensors in place, or if at
         two other points its value or gradients are not those of the recording; the message says which.
 
     Example::
