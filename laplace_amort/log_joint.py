@@ -140,16 +140,38 @@ class LogJoint:
 
     def evaluate(self, unconstrained: Mapping[str, Tensor]) -> Tensor:
         """Evaluate the log joint density at unconstrained values of every site; like a call, without packing."""
+        trace, log_jacobians = self._run_at(unconstrained)
+        total: Any = trace.log_prob_sum()
+        for name, log_jacobian in log_jacobians.items():
+            total = total + subsample_scale_of(plates_of(trace.nodes[name])) * log_jacobian.sum()
+        return total
+
+    def terms(self, unconstrained: Mapping[str, Tensor]) -> list[tuple[str, tuple[Any, ...], Tensor]]:
+        """Evaluate the terms that the log joint density is the sum of, at unconstrained values of every site.
+
+        :param unconstrained: by site.
+        :return: for each site that has a density, and for each log-Jacobian: the name of the site, the frames of its
+            vectorized plates, and a term for each element of its batch shape, scales and masks applied.
+        """
+        trace, log_jacobians = self._run_at(unconstrained)
+        trace.compute_log_prob()
+        nodes = [node for node in trace.nodes.values() if node["type"] == "sample" and "log_prob" in node]
+        densities = [(node["name"], plates_of(node), node["log_prob"]) for node in nodes]
+        jacobians = []
+        for name, log_jacobian in log_jacobians.items():
+            plates = plates_of(trace.nodes[name])
+            jacobians.append((name, plates, subsample_scale_of(plates) * log_jacobian))
+        return densities + jacobians
+
+    def _run_at(self, unconstrained: Mapping[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
+        """Trace the model there; returns the log-Jacobians of the sites whose coordinates are others as well."""
         feed = Feed(unconstrained, self.sites)
         trace = self._run(feed)
         if set(feed.log_jacobians) != set(self.sites):
             changed = sorted(set(feed.log_jacobians) ^ set(self.sites))
             raise ModelError(f"the latent sites of the model changed between runs: {changed}; they must be fixed")
-        total: Any = trace.log_prob_sum()
-        for name, log_jacobian in feed.log_jacobians.items():
-            if feed.transforms[name] is not IDENTITY:
-                total = total + subsample_scale_of(plates_of(trace.nodes[name])) * log_jacobian.sum()
-        return total
+        others = {name: part for name, part in feed.log_jacobians.items() if feed.transforms[name] is not IDENTITY}
+        return trace, others
 
     def pack(self, values: Mapping[str, Tensor]) -> Tensor:
         """Concatenate unconstrained values of all sites into a vector ``(D,)``, in the order of the sites."""

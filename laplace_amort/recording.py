@@ -44,7 +44,7 @@ class Recording:
         self._forward: Any = graph.forward
 
     def __call__(self, global_: Tensor, local: Tensor) -> Tensor:
-        """Evaluate at globals ``(d,)`` and units ``(N, k)``; returns a scalar."""
+        """Evaluate at globals ``(d,)`` and units ``(N, k)``; returns a scalar, or what else was recorded."""
         result: Tensor = self._forward(global_, local)
         return result
 
@@ -79,7 +79,7 @@ def record(log_joint: LogJoint, global_: Tensor, local: Tensor) -> Recording:
     Do not use it for a log joint that depends on anything else that changes, such as data in place: data are constants
     of the recording. Parameters, tensors that require a gradient, are not.
 
-    :param log_joint: of globals ``(d,)`` and units ``(N, k)``; returns a scalar.
+    :param log_joint: of globals ``(d,)`` and units ``(N, k)``; returns a scalar, or any tensor.
     :param Tensor global_: where to record, ``(d,)``.
     :param Tensor local: ``(N, k)``.
     :raises RecordingError: if the log joint is seen to branch on the value of an argument (``.tolist()`` and NumPy are
@@ -251,6 +251,6 @@ def _value_and_gradients(log_joint: LogJoint, global_: Tensor, local: Tensor) ->
         value = log_joint(*copies)
         if not value.requires_grad:
             return [value, *(torch.zeros_like(copy) for copy in copies)]
-        found = torch.autograd.grad(value, copies, allow_unused=True)
+        found = torch.autograd.grad(value.sum(), copies, allow_unused=True)
     filled = (torch.zeros_like(c) if g is None else g for c, g in zip(copies, found, strict=True))
     return [value.detach(), *filled]

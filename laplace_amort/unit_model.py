@@ -70,6 +70,11 @@ class UnitModel:
         with pyro.validation_enabled(False):
             return self.density.evaluate(self.layout.to_sites(global_, local))
 
+    def terms(self, global_: Tensor, local: Tensor) -> list[tuple[str, tuple[Any, ...], Tensor]]:
+        """Return the terms that the log joint is the sum of, by site, from a run; see :meth:`LogJoint.terms`."""
+        with pyro.validation_enabled(False):
+            return self.density.terms(self.layout.to_sites(global_, local))
+
     def constrain_global(self, global_: Tensor) -> dict[str, Tensor]:
         """Return the constrained values of the global sites, by name."""
         sites, unconstrained = self.layout.global_sites, self.layout.global_to_sites(global_)

@@ -1,0 +1,175 @@
+r"""The conditionals of the units at many globals at once: modes, curvatures, and integrals around them.
+
+.. math:: M_i(\theta) = \log \int e^{h_i(\theta, y_i)} dy_i \approx
+          \log|T_i| + \log \sum_q p_q \frac{e^{h_i(\theta, \hat y_i + T_i \epsilon_q)}}{\pi(\epsilon_q)}, \qquad
+          T_i T_i^\top = U_i^{-1},
+
+with the points of a :class:`~laplace_amort.rules.UnitRule` moved to the mode :math:`\hat y_i(\theta)` and scaled by the
+curvature there, at each :math:`\theta`. The gradient is that of the sum as it is computed, not of what it approximates:
+it knows that points move and how.
+
+References: Pinheiro & Bates (1995), *Approximations to the log-likelihood function in the nonlinear mixed-effects
+model*, Journal of Computational and Graphical Statistics 4(1), for the adaptive rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from laplace_amort import blocks
+from laplace_amort.arrowhead_information import local_information
+from laplace_amort.modes import NewtonMode
+from laplace_amort.newton import ModeStatus, NewtonSearch, default_tolerance
+from laplace_amort.rules import Points
+from laplace_amort.separable import SeparableDensity
+
+__all__ = ["Conditionals", "Integrals", "Reduction", "UnitIntegrals"]
+
+# From the values (S, Q, N) at the points of a rule to one number of each unit, (S, N).
+Reduction = Callable[[Points, Tensor], Tensor]
+
+
+class Conditionals(NamedTuple):
+    """The conditionals of ``N`` units at ``S`` globals.
+
+    :param Tensor mode: ``(S, N, k)``.
+    :param Tensor scale_tril: :math:`T`, ``(S, N, k, k)``.
+    :param Tensor found: whether the mode was, bool, ``(S, N)``; where not, the rest means nothing.
+    """
+
+    mode: Tensor
+    scale_tril: Tensor
+    found: Tensor
+
+    def at(self, points: Tensor) -> Tensor:
+        """Return the images of standardized points ``(Q, k)`` or ``(S, Q, N, k)``, as ``(S, Q, N, k)``."""
+        points = points.unsqueeze(-2) if points.dim() == 2 else points
+        return self.mode.unsqueeze(1) + (self.scale_tril.unsqueeze(1) * points.unsqueeze(-2)).sum(-1)
+
+    def log_det(self) -> Tensor:
+        r"""Return :math:`\log|T|`, ``(S, N)``."""
+        return self.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+
+
+class Integrals(NamedTuple):
+    """A marginal log density at ``S`` globals.
+
+    :param Tensor values: ``(S,)``; NaN where a mode was not found.
+    :param Tensor gradients: ``(S, d)``; empty if none were asked for.
+    :param Tensor mode: of the units there, ``(S, N, k)``.
+    """
+
+    values: Tensor
+    gradients: Tensor
+    mode: Tensor
+
+
+@dataclass(frozen=True)
+class UnitIntegrals:
+    """The marginal log density of the globals, unit by unit.
+
+    :param SeparableDensity density: the model.
+    :param NewtonMode mode: how the modes are found. By default as far as rounding errors allow.
+
+    Do not use it for units whose conditionals have several modes: it knows of the one that is nearest to the start.
+    """
+
+    density: SeparableDensity
+    mode: NewtonMode = NewtonMode()
+
+    def conditionals(self, globals_: Tensor, start: Tensor) -> Conditionals:
+        """Find modes and curvatures, attached to the globals where gradients are enabled.
+
+        :param Tensor globals_: ``(S, d)``.
+        :param Tensor start: a guess of the modes, ``(S, N, k)``.
+        """
+        log_joint, flat = self.density.sum_of_units, start.flatten(0, 1)
+        attached = torch.is_grad_enabled() and globals_.requires_grad
+        tolerance = self.mode.tolerance or default_tolerance(start.dtype)
+        search = NewtonSearch(tolerance, self.mode.max_steps, self.mode.repair)
+        result = search(log_joint, globals_ if attached else globals_.detach(), flat)
+        found = result.status == ModeStatus.CONVERGED
+        # One Newton step with the curvature as a constant: it has the derivative of the mode.
+        step = blocks.cholesky_solve(
+            (result.gradient if attached else result.at.gradient).unsqueeze(-1), result.at.factor
+        )
+        mode = result.at.local + step.squeeze(-1)
+        _, tail = local_information(log_joint, globals_, mode)
+        scale, failed = blocks.scale_tril(tail)
+        shape = len(globals_), -1
+        parts = mode.unflatten(0, shape), scale.unflatten(0, shape), (found & ~failed).unflatten(0, shape)
+        return Conditionals(*parts)
+
+    @torch.no_grad()
+    def values(self, points: Points, reduce: Reduction, globals_: Tensor, start: Tensor) -> Integrals:
+        """Return the marginal log density.
+
+        :param Points points: of a rule.
+        :param reduce: what makes one number of the values at the points of a unit.
+        :param Tensor globals_: ``(S, d)``.
+        :param Tensor start: a guess of the modes, ``(S, N, k)``.
+        """
+        there = self.conditionals(globals_, start)
+        values = reduce(points, self._at(globals_, there, points)) + there.log_det()
+        total = values.sum(-1) + self.density.shared_at(globals_, start[0])
+        return Integrals(_where_found(total, there), globals_[:0], there.mode)
+
+    def values_and_gradients(self, points: Points, reduce: Reduction, globals_: Tensor, start: Tensor) -> Integrals:
+        """Return the marginal log density and its exact gradient; see :meth:`values`."""
+        with torch.enable_grad():
+            theta = globals_.detach().requires_grad_()
+            there = self.conditionals(theta, start)
+            values, in_globals, in_nodes = self._pulls(theta.detach(), there, points, reduce)
+            # What has the gradient of all nodes, without their graph.
+            log_det = there.log_det()
+            surrogate = log_det.sum() + self.density.shared_at(theta, start[0]).sum()
+            surrogate = surrogate + (in_nodes.sum(1) * there.mode).sum()
+            surrogate = (
+                surrogate + ((in_nodes.unsqueeze(-1) * points.points[:, None, None, :]).sum(1) * there.scale_tril).sum()
+            )
+            gradients = torch.zeros_like(in_globals)
+            if theta.numel():
+                (gradients,) = torch.autograd.grad(surrogate, theta)
+        with torch.no_grad():
+            total = (values + log_det).sum(-1) + self.density.shared_at(globals_, start[0])
+            return Integrals(_where_found(total, there), gradients + in_globals, there.mode.detach())
+
+    def _at(self, globals_: Tensor, there: Conditionals, points: Points) -> Tensor:
+        """Values of the units at the points of a rule, ``(S, Q, N)``."""
+        parts = [self.density.units_at(globals_, there.at(some)) for some in self._chunks(points, len(globals_))]
+        return torch.cat(parts, dim=1)
+
+    def _chunks(self, points: Points, num_globals: int) -> tuple[Tensor, ...]:
+        return points.points.split(max(1, self.density.chunk() // num_globals))
+
+    def _pulls(
+        self, globals_: Tensor, there: Conditionals, points: Points, reduce: Reduction
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """One number of each unit ``(S, N)``, and the gradient of their sum in globals and nodes."""
+        there = Conditionals(*(part.detach() for part in there))
+        chunks = self._chunks(points, len(globals_))
+        graphs = [self._graph(globals_, there.at(some)) for some in chunks] if len(chunks) == 1 else []
+        values = graphs[0][2].detach() if graphs else self._at(globals_, there, points).detach()
+        values.requires_grad_()
+        reduced = reduce(points, values)
+        (weights,) = torch.autograd.grad(reduced.sum(), values)
+        in_globals, in_nodes = torch.zeros_like(globals_), []
+        for some, weight in zip(chunks, weights.split([len(some) for some in chunks], dim=1), strict=True):
+            theta, nodes, at_nodes = graphs.pop() if graphs else self._graph(globals_, there.at(some))
+            pulls = torch.autograd.grad(at_nodes, (theta, nodes), weight, allow_unused=True)
+            in_globals = in_globals if pulls[0] is None else in_globals + pulls[0]
+            in_nodes.append(torch.zeros_like(nodes) if pulls[1] is None else pulls[1])
+        return reduced.detach(), in_globals, torch.cat(in_nodes, dim=1)
+
+    def _graph(self, globals_: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        theta, nodes = globals_.detach().requires_grad_(), nodes.detach().requires_grad_()
+        return theta, nodes, self.density.units_at(theta, nodes)
+
+
+def _where_found(values: Tensor, there: Conditionals) -> Tensor:
+    return values.masked_fill(~there.found.all(-1), torch.nan)

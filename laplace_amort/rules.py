@@ -1,0 +1,224 @@
+r"""Rules for integrals over one unit: points and weights for a normal or a Student-t variable of ``k`` dimensions.
+
+A rule with points :math:`\epsilon_q`, probabilities :math:`p_q` and a density :math:`\pi` stands for
+
+.. math:: \int e^{h(y)} dy \approx |T| \sum_q p_q \frac{e^{h(\hat y + T \epsilon_q)}}{\pi(\epsilon_q)},
+
+with the mode :math:`\hat y` of :math:`h` and :math:`T T^\top` the inverse of its curvature there. One point at zero is
+the Laplace approximation.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import numpy
+import scipy.special
+import torch
+from torch import Tensor
+
+from laplace_amort.coordinates import Vector
+
+__all__ = [
+    "GRID_DIM",
+    "GaussHermite",
+    "Laplace",
+    "Points",
+    "StudentPoints",
+    "UnitRule",
+    "sobol_points",
+    "student_log_density",
+    "student_points",
+]
+
+# Dimensions, and points, up to which a grid is taken without being asked for.
+GRID_DIM, _MOST = 3, 1000
+
+
+class Points(NamedTuple):
+    r"""A rule at work.
+
+    :param Tensor points: :math:`\epsilon`, ``(Q, k)``.
+    :param Tensor log_probs: :math:`\log p`, ``(Q,)``; the probabilities sum to one.
+    :param Tensor log_density: :math:`\log \pi(\epsilon)`, ``(Q,)``.
+    """
+
+    points: Tensor
+    log_probs: Tensor
+    log_density: Tensor
+
+    def log_integral(self, values: Tensor) -> Tensor:
+        r"""Return :math:`\log \sum_q p_q e^{h_q} / \pi_q` for values ``(*, Q, N)``, as ``(*, N)``."""
+        return (values + (self.log_probs - self.log_density).unsqueeze(-1)).logsumexp(-2)
+
+    def log_weights(self, values: Tensor) -> Tensor:
+        """Return the normalized logarithms of the weights of the points, ``(*, Q, N)``, for values of that shape."""
+        return (values + (self.log_probs - self.log_density).unsqueeze(-1)).log_softmax(-2)
+
+    def mean_gain(self, values: Tensor) -> Tensor:
+        r"""Return :math:`\sum_q p_q (h_q - \log\pi_q)`, the lower bound by Jensen's inequality, ``(*, N)``."""
+        return ((values - self.log_density.unsqueeze(-1)) * self.log_probs.exp().unsqueeze(-1)).sum(-2)
+
+
+@runtime_checkable
+class UnitRule(Protocol):
+    """How the latents of a unit are integrated over; any object with these two methods."""
+
+    def points(self, local_dim: int, like: Tensor) -> Points:
+        """Return the points for units of ``k`` dimensions, in the dtype and on the device of a tensor."""
+
+    def finer(self, local_dim: int) -> UnitRule:
+        """Return a rule with more points, to compare with."""
+
+
+@dataclass(frozen=True)
+class Laplace:
+    """One point, at the mode.
+
+    Do not use it where a unit says little: its error does not fall with the number of units, while what it is compared
+    with, the posterior standard deviation, does.
+
+    Example::
+
+        >>> Laplace().points(2, torch.zeros(()))
+        Points(points=tensor([[0., 0.]]), log_probs=tensor([0.]), log_density=tensor([-1.8379]))
+    """
+
+    def points(self, local_dim: int, like: Tensor) -> Points:
+        """Return the point."""
+        zero = like.new_zeros(1)
+        return Points(zero.expand(local_dim).unsqueeze(0), zero, zero - local_dim / 2 * math.log(2 * math.pi))
+
+    def finer(self, local_dim: int) -> UnitRule:
+        """Return a rule with more points."""
+        return GaussHermite(5) if local_dim <= GRID_DIM else StudentPoints(128)
+
+
+@dataclass(frozen=True)
+class GaussHermite:
+    r"""Gauss and Hermite's rule around the mode, in a grid of :math:`n^k` points.
+
+    It is exact where the unit's density is normal times a polynomial of degree :math:`2n - 1`. Do not use it for more
+    than three dimensions, where the grid is out of hand, nor for tails far heavier than a normal's:
+    :class:`StudentPoints`.
+
+    :param int num_points: :math:`n`, along each dimension.
+    :raises ValueError: if there are none, or if the grid has too many.
+
+    Example: the fourth moment of a standard normal::
+
+        >>> points, log_probs, _ = GaussHermite(3).points(1, torch.zeros(()))
+        >>> (log_probs.exp() * points.squeeze() ** 4).sum()
+        tensor(3.)
+
+    Reference: Liu & Pierce (1994), *A note on Gauss-Hermite quadrature*, Biometrika 81(3).
+    """
+
+    num_points: int = 9
+
+    def __post_init__(self) -> None:
+        if self.num_points < 1:
+            raise ValueError(f"num_points must be at least 1, got {self.num_points}")
+
+    def points(self, local_dim: int, like: Tensor) -> Points:
+        """Return the grid."""
+        if self.num_points**local_dim > _MOST:
+            raise ValueError(
+                f"a grid of {self.num_points} points along each of the {local_dim} dimensions of a unit has "
+                f"{self.num_points**local_dim} points. Take points that do not lie in a grid:\n    StudentPoints(256)"
+            )
+        nodes, weights = numpy.polynomial.hermite_e.hermegauss(self.num_points)
+        grid = numpy.array(list(itertools.product(nodes, repeat=local_dim)))
+        probs = numpy.array([math.prod(w) for w in itertools.product(weights / weights.sum(), repeat=local_dim)])
+        density = -(grid**2).sum(-1) / 2 - local_dim / 2 * math.log(2 * math.pi)
+        return Points(*(torch.from_numpy(part).to(like) for part in (grid, numpy.log(probs), density)))
+
+    def finer(self, local_dim: int) -> UnitRule:
+        """Return nearly twice as many points along each dimension, or where these are too many another rule."""
+        num_points = 2 * self.num_points - 1
+        if local_dim <= GRID_DIM and num_points**local_dim <= _MOST:
+            return GaussHermite(num_points)
+        return StudentPoints(max(256, self.num_points**local_dim))
+
+
+@dataclass(frozen=True)
+class StudentPoints:
+    r"""Quasi-random points of a Student-t distribution around the mode: importance sampling of each unit.
+
+    The tails of the t hold the weights in bounds for nearly every unit, and any number of dimensions will do. The
+    points are the same for all units and always, so that the integral is a smooth function; its error falls somewhat
+    faster than their number grows. In one dimension they are equally probable, and it is quadrature.
+
+    Do not use it where :class:`GaussHermite` serves: that takes fewer points for the same accuracy.
+
+    :param int num_points: rounded up to a power of two in more than one dimension.
+    :param float df: degrees of freedom.
+    :param int seed: of the points.
+    :raises ValueError: if a number is out of its range.
+
+    Example::
+
+        >>> StudentPoints(3, df=1.0).points(1, torch.zeros(())).points.squeeze()
+        tensor([-1.7321,  0.0000,  1.7321])
+    """
+
+    num_points: int = 256
+    df: float = 8.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num_points < 1:
+            raise ValueError(f"num_points must be at least 1, got {self.num_points}")
+        if not self.df > 0:
+            raise ValueError(f"df must be positive, got {self.df}")
+
+    def points(self, local_dim: int, like: Tensor) -> Points:
+        """Return the points."""
+        grid = student_points(self.uniform(local_dim), self.df)
+        log_probs = numpy.full(len(grid), -math.log(len(grid)))
+        return Points(*(torch.from_numpy(p).to(like) for p in (grid, log_probs, student_log_density(grid, self.df))))
+
+    def uniform(self, local_dim: int) -> Vector:
+        """Return points of the unit cube: one dimension per coordinate, and one for their common scale if k > 1."""
+        if local_dim == 1:
+            return ((numpy.arange(self.num_points) + 0.5) / self.num_points)[:, None]
+        return sobol_points(2 ** math.ceil(math.log2(self.num_points)), local_dim + 1, self.seed)
+
+    def finer(self, local_dim: int) -> UnitRule:
+        """Return four times as many points, others."""
+        return StudentPoints(4 * self.num_points, self.df, self.seed + 1)
+
+
+def sobol_points(num_points: int, dim: int, seed: int) -> Vector:
+    """Return scrambled Sobol points inside of the unit cube, ``(Q, dim)``.
+
+    :param int num_points: ``Q``; the first of a sequence whose balance is best at powers of two.
+    :param int dim: of the cube.
+    :param int seed: of the scrambling.
+    """
+    engine = torch.quasirandom.SobolEngine(dim, scramble=True, seed=seed)
+    points: Vector = engine.draw(num_points, dtype=torch.float64).clamp(1e-12, 1 - 1e-12).numpy()
+    return points
+
+
+def student_points(uniform: Vector, df: float) -> Vector:
+    """Return points of a standard multivariate t: one uniform coordinate each, and one for the scale if k > 1.
+
+    :param uniform: ``(Q, 1)``, or ``(Q, k + 1)``.
+    :param float df: degrees of freedom.
+    :return: ``(Q, k)``.
+    """
+    if uniform.shape[-1] == 1:
+        return scipy.special.stdtrit(df, uniform)
+    normal = scipy.special.ndtri(uniform[..., :-1])
+    return normal * numpy.sqrt(df / (2 * scipy.special.gammaincinv(df / 2, uniform[..., -1:])))
+
+
+def student_log_density(points: Vector, df: float) -> Vector:
+    """Return the log density of a standard multivariate t at points ``(*, k)``, as ``(*,)``."""
+    k = points.shape[-1]
+    constant = scipy.special.gammaln((df + k) / 2) - scipy.special.gammaln(df / 2) - k / 2 * math.log(df * math.pi)
+    return constant - (df + k) / 2 * numpy.log1p((points**2).sum(-1) / df)
