@@ -2,19 +2,20 @@
 
 Run ``python benchmarks/exact.py``; ``--units 100 2000 100000`` and ``--seed 0`` choose.
 
-The model is ``poisson`` of ``rivals/tasks.py``: with counts :math:`z_{ji}`, :math:`j = 1, \\dots, J`, of unit i,
+The model is ``poisson`` of ``rivals/tasks.py``: for the counts z_ji, j = 1, ..., J, of each unit i,
 
-.. math:: \\mu \\sim N(0, 3), \\quad \\log\\tau \\sim N(0, 1), \\quad y_i \\sim N(\\mu, \\tau), \\quad
-    z_{ji} \\sim \\mathrm{Poisson}(e^{y_i}).
+    mu ~ N(0, 3),    log_tau ~ N(0, 1),    y_i ~ N(mu, exp(log_tau)),    z_ji ~ Poisson(exp(y_i)).
 
-NumPy and SciPy only, so that nothing is shared with the package under test. Given (mu, log tau) a unit's y is integrated
-out on a grid of its own: equal steps over all that is within ``DROP`` nats of the mode, where the trapezoid rule
-converges faster than any power of the step. Units of the same sum of counts have the same likelihood up to a constant,
-so that there are as many integrals as distinct sums, some 100 whatever the number of units. Log tau has equal steps
-over all that matters, which is found by zooming in from where its prior has mass. Each log tau has its own grid of mu,
-which is log-concave given log tau, by its mean and standard deviation: the posterior of few units is a funnel.
+NumPy and SciPy only, so that nothing is shared with the package under test. Given mu and log_tau a unit's y has a grid
+of its own: equal steps over all that is within ``DROP`` nats of the mode, where the trapezoid rule converges faster
+than any power of the step. Units of the same sum of counts have the same likelihood up to a constant, so that there are
+as many integrals as distinct sums, some 100 whatever the number of units. The grid of log_tau has equal steps over all
+that matters, found by zooming in from where the prior has mass. Each log_tau has a grid of mu of its own, placed by the
+mean and the standard deviation given log_tau: the posterior of few units is a funnel, but mu is log-concave given
+log_tau.
 
-The check is the same again with twice the points on every axis, and a wider grid: what changes is the error.
+The check is the same again with twice the steps on every axis, and over more of mu and of log_tau: what changes is the
+error.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ LOCAL_STEPS = 80  # over the window of a unit's y
 MU_STEPS = 40  # over that of mu given log_tau
 LOG_TAU_STEPS = 60
 DROP = 40.0  # nats below its mode at which the density of y is cut off
-MAX_CELLS = 500_000  # of arrays at a time
+MAX_CELLS = 50_000  # of arrays at a time
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ def poisson_posterior(z: Array, resolution: int = 1, grouped: bool = True) -> Re
     """The posterior given counts.
 
     :param z: counts of each unit, ``(J, N)``.
-    :param int resolution: multiplies the numbers of steps of all grids; that of the globals gets wider as well.
+    :param int resolution: multiplies the numbers of steps of all grids; those of mu and log_tau cover more as well.
     :param bool grouped: whether units of the same sum share their integrals. It saves time and changes nothing.
     :return: means, standard deviations and log evidence.
     """
@@ -67,7 +68,7 @@ def poisson_posterior(z: Array, resolution: int = 1, grouped: bool = True) -> Re
     if grouped:
         sums, group, sizes = np.unique(totals, return_inverse=True, return_counts=True)
     else:
-        sums, group, sizes = totals, np.arange(len(totals)), np.ones(len(totals))
+        sums, group, sizes = totals, np.arange(len(totals)), np.ones(len(totals), dtype=np.intp)
     units = _Units(sums, sizes.astype(np.float64), len(z), LOCAL_STEPS * resolution)
 
     log_tau = _window(units, 20.0 + 10.0 * resolution, LOG_TAU_STEPS * resolution)
@@ -157,14 +158,14 @@ def _conditional_chunk(units: _Units, theta: Array) -> _Conditional:
 
 
 def _log_posterior(units: _Units, theta: Array) -> tuple[Array, _Conditional]:
-    """Log joint density of globals and data, less log factorials: ``(G,)``, and y."""
+    """Log joint density of globals and data, but for the log factorials: ``(G,)``, and y."""
     y = _conditional(units, theta)
     log_prior = -((theta / PRIOR_SD) ** 2).sum(1) / 2 - np.log(2 * np.pi * PRIOR_SD.prod())
     return log_prior + y.log_normalizer @ units.sizes, y
 
 
 def _mu_laplace(units: _Units, log_tau: Array) -> tuple[Array, Array, Array]:
-    """Of mu given each log tau ``(L,)``: near its mode, a standard deviation, and the Laplace approximation of log tau.
+    """Of mu given each log_tau ``(L,)``: near its mode, a standard deviation, and the Laplace approximation of log_tau.
 
     :raises RuntimeError: if Newton's method does not get near a mode.
     """
@@ -180,11 +181,11 @@ def _mu_laplace(units: _Units, log_tau: Array) -> tuple[Array, Array, Array]:
         if np.all(np.abs(slope) * sd < 0.1):
             return mu, sd, value + np.log(sd) + np.log(2 * np.pi) / 2
         mu = mu + np.clip(slope * sd**2, -1.0, 1.0)
-    raise RuntimeError("Newton's method did not find the mode of mu given log tau")
+    raise RuntimeError("Newton's method did not find the mode of mu given log_tau")
 
 
 def _window(units: _Units, drop: float, steps: int) -> Array:
-    """Equal steps over the log tau whose log density is within ``drop`` of the highest."""
+    """Equal steps over the log_tau whose log density is within ``drop`` of the highest."""
     low, high = -9.0 * PRIOR_SD[1], 9.0 * PRIOR_SD[1]
     while True:
         log_tau = np.linspace(low, high, 41)
@@ -199,7 +200,7 @@ def _window(units: _Units, drop: float, steps: int) -> Array:
 def _grid(
     units: _Units, log_tau: Array, centre: Array, sd: Array, resolution: int
 ) -> tuple[Array, Array, _Conditional]:
-    """The mu for each log tau, and the log weights of all pairs, each ``(L, M)``; and the y given them."""
+    """The mu for each log_tau, and the log weights of all pairs, each ``(L, M)``; and the y given them."""
     half_width = 6.0 + resolution
     x, step = np.linspace(-half_width, half_width, MU_STEPS * resolution + 1, retstep=True)
     mu = centre[:, None] + sd[:, None] * x

@@ -33,9 +33,12 @@ from laplace_amort.modified_cholesky import ModifiedCholesky
 from laplace_amort.objectives import FixedDrawELBO, MarginalLaplace
 from laplace_amort.optimizers import QuasiNewton, TrustRegion
 from laplace_amort.params import dual_path_param
+from laplace_amort.posterior import Posterior
 from laplace_amort.repair import NoRepair, RepairReport, SoftAbs
+from laplace_amort.rules import GaussHermite, StudentPoints
 from laplace_amort.run import Step
 from laplace_amort.stochastic import Stochastic
+from laplace_amort.unit_objectives import MarginalQuadrature, NestedELBO
 
 __version__ = "0.1.0"
 
@@ -51,6 +54,7 @@ __all__ = [
     "FitStatus",
     "FixedDrawELBO",
     "FreeMode",
+    "GaussHermite",
     "GuideCheckError",
     "InformationError",
     "JointCurvature",
@@ -59,10 +63,12 @@ __all__ = [
     "LogJoint",
     "MarginalCurvature",
     "MarginalLaplace",
+    "MarginalQuadrature",
     "ModeNotFoundError",
     "ModeWarning",
     "ModelError",
     "ModifiedCholesky",
+    "NestedELBO",
     "NewtonMode",
     "NoRepair",
     "NotPositiveDefiniteError",
@@ -70,6 +76,7 @@ __all__ = [
     "PathError",
     "PathLeakError",
     "PathMissingWarning",
+    "Posterior",
     "QuasiNewton",
     "RecordingError",
     "RepairReport",
@@ -78,6 +85,7 @@ __all__ = [
     "Step",
     "Stochastic",
     "StructureError",
+    "StudentPoints",
     "TrustRegion",
     "UnitLayout",
     "arrowhead_information",

@@ -29,7 +29,7 @@ from laplace_amort.newton import default_tolerance
 from laplace_amort.pulls import draw_pulls
 from laplace_amort.target import Target, set_vector, to_vector
 
-__all__ = ["BoundELBO", "BoundMarginal", "mean_of_pairs"]
+__all__ = ["Bound", "BoundELBO", "BoundMarginal", "elbo_coordinates", "mean_of_pairs"]
 
 
 class Bound(ABC):
@@ -129,13 +129,8 @@ class BoundELBO(Bound):
 
     def coordinates(self) -> Coordinates:
         """Return coordinates in which the posterior is standard normal, as far as the marginal curvature knows it."""
-        target, size = self.target, sum(p.numel() for p in self.parameters)
-        try:
-            with torch.no_grad():
-                gaussian = target.guide.gaussian_of(target.unit_model, mode=target.mode, head=MarginalCurvature())
-        except NUMERICAL_ERRORS:  # a start far away, from which the optimizer has to come back
-            return dataclasses.replace(Coordinates.of_information(numpy.eye(len(target.loc))), size=size)
-        return Coordinates(gaussian.precision, isinstance(target.guide.mode, FreeMode), size)
+        size = sum(p.numel() for p in self.parameters)
+        return elbo_coordinates(self.target, size, isinstance(self.target.guide.mode, FreeMode))
 
     def _evaluate(self) -> Evaluation:
         target = self.target
@@ -176,6 +171,21 @@ class BoundELBO(Bound):
         dimension = gaussian.global_loc.numel() + gaussian.local_loc.numel()
         log_det = gaussian.precision.log_det().detach()
         return self.draws.half_squares() + (dimension * math.log(2 * math.pi) - log_det) / 2
+
+
+def elbo_coordinates(target: Target, size: int, with_units: bool) -> Coordinates:
+    """Return coordinates in which the posterior is standard normal, as far as the marginal curvature knows it.
+
+    :param Target target: the guide and the data.
+    :param int size: number of parameters.
+    :param bool with_units: whether the centers of the units are among them.
+    """
+    try:
+        with torch.no_grad():
+            gaussian = target.guide.gaussian_of(target.unit_model, mode=target.mode, head=MarginalCurvature())
+    except NUMERICAL_ERRORS:  # a start far away, from which the optimizer has to come back
+        return dataclasses.replace(Coordinates.of_information(numpy.eye(len(target.loc))), size=size)
+    return Coordinates(gaussian.precision, with_units, size)
 
 
 def mean_of_pairs(terms: Tensor) -> tuple[float, float]:

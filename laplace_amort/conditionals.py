@@ -62,11 +62,13 @@ class Integrals(NamedTuple):
     :param Tensor values: ``(S,)``; NaN where a mode was not found.
     :param Tensor gradients: ``(S, d)``; empty if none were asked for.
     :param Tensor mode: of the units there, ``(S, N, k)``.
+    :param Tensor lost: whether a unit's mode was not found, bool, ``(S, N)``.
     """
 
     values: Tensor
     gradients: Tensor
     mode: Tensor
+    lost: Tensor
 
 
 @dataclass(frozen=True)
@@ -114,13 +116,27 @@ class UnitIntegrals:
         :param Tensor globals_: ``(S, d)``.
         :param Tensor start: a guess of the modes, ``(S, N, k)``.
         """
-        there = self.conditionals(globals_, start)
-        values = reduce(points, self._at(globals_, there, points)) + there.log_det()
-        total = values.sum(-1) + self.density.shared_at(globals_, start[0])
-        return Integrals(_where_found(total, there), globals_[:0], there.mode)
+        return self._in_chunks(self._values, points, reduce, globals_, start)
 
     def values_and_gradients(self, points: Points, reduce: Reduction, globals_: Tensor, start: Tensor) -> Integrals:
         """Return the marginal log density and its exact gradient; see :meth:`values`."""
+        return self._in_chunks(self._values_and_gradients, points, reduce, globals_, start)
+
+    def _in_chunks(
+        self, compute: Callable[..., Integrals], points: Points, reduce: Reduction, globals_: Tensor, start: Tensor
+    ) -> Integrals:
+        chunk = self.density.chunk(len(points.points))
+        split = zip(globals_.split(chunk), start.split(chunk), strict=True)
+        parts = [compute(points, reduce, *some) for some in split]
+        return parts[0] if len(parts) == 1 else Integrals(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+    def _values(self, points: Points, reduce: Reduction, globals_: Tensor, start: Tensor) -> Integrals:
+        there = self.conditionals(globals_, start)
+        values = reduce(points, self._at(globals_, there, points)) + there.log_det()
+        total = values.sum(-1) + self.density.shared_at(globals_, start[0])
+        return Integrals(_where_found(total, there), globals_[:0], there.mode, ~there.found)
+
+    def _values_and_gradients(self, points: Points, reduce: Reduction, globals_: Tensor, start: Tensor) -> Integrals:
         with torch.enable_grad():
             theta = globals_.detach().requires_grad_()
             there = self.conditionals(theta, start)
@@ -137,7 +153,7 @@ class UnitIntegrals:
                 (gradients,) = torch.autograd.grad(surrogate, theta)
         with torch.no_grad():
             total = (values + log_det).sum(-1) + self.density.shared_at(globals_, start[0])
-            return Integrals(_where_found(total, there), gradients + in_globals, there.mode.detach())
+            return Integrals(_where_found(total, there), gradients + in_globals, there.mode.detach(), ~there.found)
 
     def _at(self, globals_: Tensor, there: Conditionals, points: Points) -> Tensor:
         """Values of the units at the points of a rule, ``(S, Q, N)``."""

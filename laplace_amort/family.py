@@ -82,7 +82,7 @@ class LaplaceGaussian:
         noise = torch.randn(num_samples, *self.local_loc.shape).to(self.local_loc)
         deviation = torch.randn(num_samples, len(self.global_loc)).to(self.global_loc)
         deviation = deviation @ self.precision.global_scale_tril.mT
-        return self._constrained(self.global_loc + deviation, self._local(deviation, noise))
+        return self.constrained(self.global_loc + deviation, self._local(deviation, noise))
 
     def median(self) -> dict[str, Tensor]:
         """Return the constrained image of the mean, by site: the median, where the support is element by element."""
@@ -121,10 +121,25 @@ class LaplaceGaussian:
         """Constrained values ``z (Q,)`` marginal standard deviations from the mean, ``(Q, *shape)`` by site."""
         global_ = self.global_loc + z[:, None] * self.precision.global_variance().sqrt()
         local = self.local_loc + z[:, None, None] * self.precision.local_variance().sqrt()
-        return self._constrained(global_, local)
+        return self.constrained(global_, local)
 
-    def _constrained(self, global_: Tensor, local: Tensor) -> dict[str, Tensor]:
-        """Constrained values ``(Q, *shape)`` by site, for ``(Q, d)`` and ``(Q, N, k)``."""
+    def constrained_globals(self, global_: Tensor) -> dict[str, Tensor]:
+        """Return constrained values ``(Q, *shape)`` of the global sites, for globals ``(Q, d)``."""
+        layout = self.unit_model.layout
+        if any(site.transform is None for site in layout.global_sites.values()):  # one run of the model for each
+            rows = [self.unit_model.constrain_global(row) for row in global_]
+            return {name: torch.stack([row[name] for row in rows]) for name in layout.global_sites}
+        ranks = {name: len(site.shape) - site.event_dim for name, site in layout.global_sites.items()}
+        room = (1,) * max(ranks.values(), default=0)
+        unconstrained = layout.global_to_sites(global_.reshape(len(global_), *room, -1))
+        return {
+            name: _without_room(site.transform(unconstrained[name]), ranks[name] + site.constrained_event_dim)
+            for name, site in layout.global_sites.items()
+            if site.transform
+        }
+
+    def constrained(self, global_: Tensor, local: Tensor) -> dict[str, Tensor]:
+        """Return constrained values ``(Q, *shape)`` by site, for globals ``(Q, d)`` and units ``(Q, N, k)``."""
         density = self.unit_model.density
         ranks = {name: len(site.shape) - site.event_dim for name, site in density.sites.items()}
         room = (1,) * max(ranks.values())  # for the plates of the model

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,13 +15,29 @@ from laplace_amort.errors import ResumeError
 from laplace_amort.family import LaplaceGaussian
 from laplace_amort.fit_status import FitStatus
 from laplace_amort.guides import AutoLaplaceFamily
+from laplace_amort.objectives import Objective
+from laplace_amort.posterior import Posterior
 from laplace_amort.repair import RepairReport
 from laplace_amort.run import Step
 from laplace_amort.summaries import globals_table, summary_lines
+from laplace_amort.target import Target
 
-__all__ = ["FitResult", "Optimum"]
+__all__ = ["FitResult", "Optimum", "Rung"]
 
 _FORMAT = "laplace_amort fit 1"
+
+
+class Rung(NamedTuple):
+    """What was fitted, to go on working with.
+
+    :param objective: that was maximized.
+    :param Target target: the model at its data.
+    :param int seed: of the fit.
+    """
+
+    objective: Objective
+    target: Target
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -57,6 +74,7 @@ class FitResult:
     :param LaplaceGaussian gaussian: the posterior that was found, without a graph: of ``MarginalLaplace`` the one with
         the marginal curvature as its head, of an ELBO the guide. ``None`` if a fit ended where there is none.
     :param saved: what a later fit needs to go on, see :meth:`save`.
+    :param Rung rung: what was fitted.
     """
 
     status: FitStatus
@@ -71,6 +89,18 @@ class FitResult:
     notes: list[str]
     gaussian: LaplaceGaussian | None
     saved: Any = field(repr=False)
+    rung: Rung = field(repr=False)
+
+    @cached_property
+    def posterior(self) -> Posterior:
+        """The posterior for use: draws, moments and quantiles, as good as the objective of the fit knows it.
+
+        Of an ELBO it is the guide itself. Of a marginal density, the globals are drawn by importance sampling, which
+        takes some hundred evaluations the first time.
+
+        :raises ValueError: if the fit ended where there is no posterior.
+        """
+        return self.rung.objective.posterior(self.rung.target, self._posterior(), self.rung.seed)
 
     @property
     def head_report(self) -> RepairReport | None:

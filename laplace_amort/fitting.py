@@ -17,12 +17,10 @@ from laplace_amort.coordinates import Vector
 from laplace_amort.errors import NUMERICAL_ERRORS, ModelError
 from laplace_amort.evaluation import Maximum
 from laplace_amort.family import LaplaceGaussian
-from laplace_amort.fit_result import FitResult, Optimum, load_saved
+from laplace_amort.fit_result import FitResult, Optimum, Rung, load_saved
 from laplace_amort.fit_status import FitStatus
 from laplace_amort.guides import AutoLaplaceFamily
-from laplace_amort.heads import Head, KnownCurvature, MarginalCurvature
 from laplace_amort.journal import Journal
-from laplace_amort.modes import Mode
 from laplace_amort.objectives import FixedDrawELBO, MarginalLaplace, Objective
 from laplace_amort.optimizers import Optimizer, TrustRegion
 from laplace_amort.run import Run, progress_bar
@@ -138,8 +136,7 @@ def _deterministic(
             f"{type(objective).__name__} needs all of them in every evaluation. Leave subsample_size out of the model, "
             "or optimize stochastically:\n    fit(model, guide, *args, optimizer=Stochastic())"
         )
-    if isinstance(objective, MarginalLaplace):
-        target.refuse_model_parameters()
+    objective.check(target)
     try:
         ends = find_ends(run, objective, optimizer, starts)
         if target.recheck():  # what was recorded was not the model everywhere: once again, without
@@ -196,6 +193,7 @@ def _result(run: Run, objective: Objective, ends: list[End], value: tuple[float,
         notes=notes,
         gaussian=gaussian,
         saved=saved,
+        rung=Rung(objective, target, run.seed),
     )
 
 
@@ -208,14 +206,9 @@ def _optimum(target: Target, end: End) -> Optimum:
 
 def _gaussian(target: Target, objective: Objective, maximum: Maximum) -> LaplaceGaussian | None:
     """The posterior where the guide stands; None where there is none."""
-    mode: Mode | None = None
-    head: Head | None = None
-    if isinstance(objective, MarginalLaplace):
-        information = maximum.evaluation.information
-        mode, head = target.mode, MarginalCurvature() if information is None else KnownCurvature(information)
     try:
         with torch.no_grad():
-            gaussian = target.guide.gaussian_of(target.unit_model, mode=mode, head=head)
+            gaussian = objective.gaussian(target, maximum)
             return dataclasses.replace(gaussian, unit_model=target.unit_model.live())
     except NUMERICAL_ERRORS:
         return None

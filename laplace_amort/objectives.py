@@ -12,10 +12,15 @@ import numpy
 from laplace_amort.bound import BoundELBO, BoundMarginal
 from laplace_amort.coordinates import Coordinates
 from laplace_amort.evaluation import Evaluation, Maximum
+from laplace_amort.family import LaplaceGaussian
 from laplace_amort.fit_status import FitStatus
+from laplace_amort.heads import Head, KnownCurvature, MarginalCurvature
 from laplace_amort.optimizers import Optimizer, QuasiNewton, TrustRegion, newton_decrement
+from laplace_amort.posterior import Posterior, gaussian_sample, marginal_sample
+from laplace_amort.rules import Laplace
 from laplace_amort.run import CHECK, Run
 from laplace_amort.target import Target
+from laplace_amort.unit_draws import LinearUnits, NestedUnits
 
 __all__ = ["FixedDrawELBO", "MarginalLaplace", "Objective"]
 
@@ -29,11 +34,32 @@ _AGREE = 3
 
 @runtime_checkable
 class Objective(Protocol):
-    """What a fit maximizes; any object with these two."""
+    """What a fit maximizes; any object with these."""
+
+    @property
+    def start_with(self) -> Objective | None:
+        """An objective whose optimum is the start; None for none."""
 
     @property
     def default_optimizer(self) -> Optimizer:
         """What suits it."""
+
+    def check(self, target: Target) -> None:
+        """Refuse a model that this is no objective for.
+
+        :raises ModelError: naming what is in the way.
+        """
+
+    def gaussian(self, target: Target, maximum: Maximum) -> LaplaceGaussian:
+        """Return the posterior where the guide stands, as a Gaussian."""
+
+    def posterior(self, target: Target, gaussian: LaplaceGaussian, seed: int) -> Posterior:
+        """Return the posterior for use, as good as this objective knows it.
+
+        :param Target target: the model at its data.
+        :param LaplaceGaussian gaussian: what :meth:`gaussian` returned.
+        :param int seed: of draws.
+        """
 
     def climb(self, run: Run, optimizer: Optimizer) -> Maximum:
         """Maximize from where the guide stands, and put the guide there."""
@@ -55,6 +81,26 @@ class MarginalLaplace:
     Reference: Kristensen et al. (2016), *TMB: Automatic Differentiation and Laplace Approximation*, Journal of
     Statistical Software 70(5), https://doi.org/10.18637/jss.v070.i05
     """
+
+    @property
+    def start_with(self) -> Objective | None:
+        """None: this is what others start with."""
+        return None
+
+    def check(self, target: Target) -> None:
+        """Refuse a model with parameters of its own, which this does not move."""
+        target.refuse_model_parameters()
+
+    def gaussian(self, target: Target, maximum: Maximum) -> LaplaceGaussian:
+        """Return the posterior as a Gaussian, with the curvature of this objective for the globals."""
+        information = maximum.evaluation.information
+        head: Head = MarginalCurvature() if information is None else KnownCurvature(information)
+        return target.guide.gaussian_of(target.unit_model, mode=target.mode, head=head)
+
+    def posterior(self, target: Target, gaussian: LaplaceGaussian, seed: int) -> Posterior:
+        """Return the globals by importance sampling of this density, and the units as normal given each of them."""
+        globals_ = marginal_sample(target.integrals, Laplace(), gaussian, seed)
+        return Posterior(gaussian, globals_, NestedUnits(gaussian, target.integrals), seed)
 
     def bind(self, target: Target) -> BoundMarginal:
         """Return the objective for a guide and its data."""
@@ -127,6 +173,17 @@ class FixedDrawELBO:
             raise ValueError(f"max_draws must be at least num_draws ({self.num_draws}), got {self.max_draws}")
         if not self.accuracy > 0:
             raise ValueError(f"accuracy must be a positive number of standard deviations, got {self.accuracy}")
+
+    def check(self, target: Target) -> None:
+        """Refuse nothing: the ELBO is one of every model that a guide takes."""
+
+    def gaussian(self, target: Target, maximum: Maximum) -> LaplaceGaussian:
+        """Return the guide."""
+        return target.guide.gaussian_of(target.unit_model)
+
+    def posterior(self, target: Target, gaussian: LaplaceGaussian, seed: int) -> Posterior:
+        """Return the guide itself."""
+        return Posterior(gaussian, gaussian_sample(gaussian, seed), LinearUnits(gaussian), seed)
 
     def bind(self, target: Target, num_draws: int, seed: int) -> BoundELBO:
         """Return the objective for a guide, its data, and as many draws."""

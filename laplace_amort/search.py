@@ -55,17 +55,13 @@ def find_ends(run: Run, objective: Objective, optimizer: Optimizer | None, num_s
     """
     first = run.target.loc.clone()
     starts = [first, *random_starts(run.target, num_starts - 1, run.seed)]
-    if not isinstance(objective, FixedDrawELBO):
-        optimizer = optimizer or objective.default_optimizer
-        ends = distinct(End(_from_any_of_these(run, objective, optimizer, start)) for start in starts)
-    else:
-        ends = _by_the_elbo(run, objective, optimizer or objective.default_optimizer, starts)
+    ends = _in_stages(run, objective, optimizer or objective.default_optimizer, starts)
     run.target.move(ends[0].maximum.point)
     return ends
 
 
-def _by_the_elbo(run: Run, objective: FixedDrawELBO, optimizer: Optimizer, starts: Sequence[Tensor]) -> list[End]:
-    """From the optima of what the ELBO starts with, or from the starts themselves if that is nothing."""
+def _in_stages(run: Run, objective: Objective, optimizer: Optimizer, starts: Sequence[Tensor]) -> list[End]:
+    """From the optima of what the objective starts with, or from the starts themselves if that is nothing."""
     before = objective.start_with
     if before is None:
         return distinct(End(_from_any_of_these(run, objective, optimizer, start)) for start in starts)

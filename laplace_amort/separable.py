@@ -15,8 +15,8 @@ from laplace_amort.recording import Recording
 
 __all__ = ["SeparableDensity"]
 
-# Bytes that intermediate results of one evaluation of a chunk may take.
-_CHUNK_BYTES = 2**28
+# Bytes that the results of all operations on one chunk may take: no more than caches and allocators like.
+_CHUNK_BYTES = 2**26
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class SeparableDensity:
         return torch.stack([torch.stack(row) for row in rows])
 
     def sum_of_units(self, globals_: Tensor, local: Tensor) -> Tensor:
-        """The sum of all terms at as many points: globals ``(S, d)`` and units ``(S * N, k)``, of ``S`` points in order.
+        """The sum of all terms at ``S`` points: globals ``(S, d)``, and units ``(S * N, k)`` in the same order.
 
         Units of all points together, so that what treats the units of one point treats those of all.
         """

@@ -46,8 +46,8 @@ def _constrained_draws(gaussian: LaplaceGaussian) -> dict[str, Tensor]:
     engine = torch.quasirandom.SobolEngine(d, scramble=True, seed=0)
     uniform = engine.draw(_DRAWS, dtype=torch.float64).clamp(1e-12, 1 - 1e-12)
     deviation = torch.special.ndtri(uniform).to(gaussian.global_loc) @ gaussian.precision.global_scale_tril.mT
-    values = [gaussian.unit_model.constrain_global(row) for row in gaussian.global_loc + deviation]
-    return {name: torch.stack([value[name].reshape(-1) for value in values]) for name in values[0]}
+    values = gaussian.constrained_globals(gaussian.global_loc + deviation)
+    return {name: value.flatten(1) for name, value in values.items()}
 
 
 def summary_lines(result: Any) -> list[str]:

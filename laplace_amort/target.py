@@ -9,12 +9,15 @@ import numpy
 import torch
 from torch import Tensor
 
+from laplace_amort.conditionals import UnitIntegrals
 from laplace_amort.coordinates import Vector
 from laplace_amort.errors import ModelError, RecordingError, ResumeError
 from laplace_amort.guides import AutoLaplaceFamily
 from laplace_amort.handlers import SubsampledPlate
 from laplace_amort.journal import Journal
 from laplace_amort.modes import FreeMode, Mode, NewtonMode
+from laplace_amort.unit_model import UnitModel
+from laplace_amort.unit_terms import unit_terms
 
 __all__ = ["Target", "set_vector", "to_vector"]
 
@@ -36,6 +39,7 @@ class Target:
         self.unit_model = guide.unit_model(*args, **kwargs)
         self.first = guide.warm_start.state()
         self.not_recorded = ""
+        self._integrals: tuple[UnitModel, UnitIntegrals] | None = None
         try:
             self.unit_model = self.unit_model.recorded(self.loc, self.start)
         except RecordingError as error:
@@ -51,6 +55,18 @@ class Target:
     def start(self) -> Tensor:
         """A first guess of the modes of the units there, ``(N, k)``."""
         return self.guide.warm_start.at(self.unit_model.units, self.loc)
+
+    @property
+    def integrals(self) -> UnitIntegrals:
+        """The marginal density of the globals, unit by unit; found once for each form of the model.
+
+        :raises StructureError: if an observation depends on two units.
+        """
+        if self._integrals is None or self._integrals[0] is not self.unit_model:
+            density = unit_terms(self.unit_model, self.loc, self.start)
+            mode = self.mode if isinstance(self.mode, NewtonMode) else NewtonMode()
+            self._integrals = self.unit_model, UnitIntegrals(density, mode)
+        return self._integrals[1]
 
     @property
     def weight(self) -> float:
@@ -120,6 +136,10 @@ class Target:
                 modes = journal.call("centers", lambda: self.mode.find(self.unit_model, self.loc, self.start))
                 set_vector([mode.get_parameter("loc_unconstrained")], to_vector([modes]))
 
+    def starts(self, globals_: Tensor) -> Tensor:
+        """Guesses of the modes of the units at many globals ``(S, d)``, as ``(S, N, k)``."""
+        return torch.stack([self.guide.warm_start.at(self.unit_model.units, global_) for global_ in globals_])
+
     def refuse_model_parameters(self) -> None:
         """Refuse a model with parameters of its own, for what moves the globals alone.
 
@@ -127,7 +147,7 @@ class Target:
         """
         for name in self.unit_model.density.parameters():
             raise ModelError(
-                f"MarginalLaplace moves the latents of the model, and '{name}' is a parameter. Give it a prior, a flat "
+                f"this objective moves the latents of the model, and '{name}' is a parameter. Give it a prior, a flat "
                 "one if need be, or take the ELBO, which moves parameters too:\n"
                 f"    pyro.sample('{name}', dist.ImproperUniform(constraints.real, (), ()))\n"
                 "    fit(model, guide, *args, objective=FixedDrawELBO())"

@@ -1,0 +1,238 @@
+"""The posterior that a fit found, for use: draws, moments and quantiles of every site."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy
+import torch
+from tabulate import tabulate
+from torch import Tensor
+
+from laplace_amort.conditionals import UnitIntegrals
+from laplace_amort.coordinates import Vector
+from laplace_amort.family import LaplaceGaussian
+from laplace_amort.importance import ImportanceSample, ImportanceSampler, normal_sample
+from laplace_amort.psis import K_GOOD
+from laplace_amort.rules import Points, UnitRule
+from laplace_amort.unit_draws import NestedUnits, UnitPosterior
+
+__all__ = ["Posterior", "gaussian_sample", "marginal_sample"]
+
+# Draws for quantiles.
+_DRAWS = 4000
+# Draws of the globals, at most, over which the units are averaged.
+_AVERAGED = 1024
+_PROBABILITIES = (0.05, 0.5, 0.95)
+
+
+@dataclass(frozen=True)
+class Posterior:
+    r"""Weighted draws of the globals, and for each of them the units.
+
+    What :attr:`FitResult.posterior` is. All values are those of the sites in constrained space.
+
+    Do not rely on it where :attr:`k_hat` is above 0.7, or where :func:`~laplace_amort.diagnose` says so.
+
+    :param LaplaceGaussian gaussian: the Gaussian that the draws of the globals come from.
+    :param ImportanceSample globals_: draws of the globals in unconstrained space, with weights.
+    :param units: what is known of the units given the globals.
+    :param int seed: of draws.
+
+    Example::
+
+        >>> import pyro, torch, pyro.distributions as dist
+        >>> from laplace_amort import AutoLaplaceFamily, MarginalQuadrature, fit
+        >>> def model(z):
+        ...     mu = pyro.sample("mu", dist.Normal(0., 1.))
+        ...     with pyro.plate("units", len(z)):
+        ...         y = pyro.sample("y", dist.Normal(mu, 1.))
+        ...         pyro.sample("z", dist.Normal(y, 1.), obs=z)
+        >>> pyro.clear_param_store()
+        >>> z = torch.tensor([1., 3.])
+        >>> result = fit(model, AutoLaplaceFamily(model), z, objective=MarginalQuadrature())
+        >>> {name: value.round(decimals=1) for name, value in result.posterior.mean().items()}
+        {'mu': tensor(1.), 'y': tensor([1., 2.])}
+        >>> result.posterior.sample(5)["y"].shape
+        torch.Size([5, 2])
+    """
+
+    gaussian: LaplaceGaussian
+    globals_: ImportanceSample
+    units: UnitPosterior
+    seed: int = 0
+
+    @property
+    def k_hat(self) -> float:
+        """Shape of the tail of the importance weights of the globals; minus infinity where none were needed."""
+        return self.globals_.k_hat
+
+    @property
+    def log_evidence(self) -> float:
+        """Log marginal likelihood of the data, to the accuracy of the integrals over units; NaN without any."""
+        return self.globals_.log_integral
+
+    @torch.no_grad()
+    def sample(self, num_samples: int, seed: int | None = None) -> dict[str, Tensor]:
+        """Draw from the posterior.
+
+        :param int num_samples: number of draws.
+        :param int seed: of these draws; another one gives others.
+        :return: constrained values ``(num_samples, *shape)`` by site.
+        """
+        generator = torch.Generator().manual_seed(self.seed if seed is None else seed)
+        globals_ = self._resampled(num_samples, float(torch.rand((), generator=generator)))
+        globals_ = globals_[torch.randperm(num_samples, generator=generator).to(globals_.device)]
+        chunks = globals_.split(self.units.chunk())
+        parts = [self.gaussian.constrained(some, self.units.draw(some, generator)) for some in chunks]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def mean(self) -> dict[str, Tensor]:
+        """Return the means, by site: weighted averages over globals, and over units by quadrature."""
+        return self._moments[0]
+
+    def std(self) -> dict[str, Tensor]:
+        """Return the standard deviations, by site; see :meth:`mean`."""
+        return self._moments[1]
+
+    def quantiles(self, quantiles: Sequence[float], num_samples: int = _DRAWS) -> dict[str, Tensor]:
+        """Return quantiles ``(Q, *shape)`` by site, of draws.
+
+        :param quantiles: between 0 and 1.
+        :param int num_samples: number of draws.
+        """
+        draws = self.sample(num_samples)
+        return {name: _quantiles(value, torch.as_tensor(quantiles).to(value)) for name, value in draws.items()}
+
+    def summary(self) -> str:
+        """Return a table of mean, standard deviation and quantiles of the globals."""
+        names = self.gaussian.unit_model.layout.global_sites
+        if not names:
+            return "there are no globals"
+        mean, std = self.mean(), self.std()
+        globals_, weights = self._weighted()
+        values = self.gaussian.constrained_globals(globals_)
+        rows = []
+        for name in names:
+            columns = values[name].reshape(len(globals_), -1)
+            for index in range(columns.shape[1]):
+                label = name if columns.shape[1] == 1 else f"{name}[{index}]"
+                moments = (float(part[name].reshape(-1)[index]) for part in (mean, std))
+                rows.append([label, *moments, *_weighted_quantiles(columns[:, index], weights, _PROBABILITIES)])
+        headers = ["global", "mean", "sd", *(f"{100 * p:g} %" for p in _PROBABILITIES)]
+        return tabulate(rows, headers, floatfmt=".4g")
+
+    def __str__(self) -> str:
+        found = self.globals_
+        reliable = "" if found.k_hat <= K_GOOD else f": above {K_GOOD}, do not rely on it"
+        weighted = f"k-hat of the globals {found.k_hat:.2f}{reliable}; " if math.isfinite(found.k_hat) else ""
+        return (
+            f"{weighted}{len(found.draws)} draws of the globals, as good as {found.effective:.0f} equal ones; error of "
+            f"their moments {found.error:.2g}\n\n{self.summary()}"
+        )
+
+    def _weighted(self) -> tuple[Tensor, Tensor]:
+        """The draws of the globals, ``(S, d)``, and their weights, ``(S,)``."""
+        loc = self.gaussian.global_loc
+        return torch.from_numpy(self.globals_.draws).to(loc), torch.from_numpy(self.globals_.weights).to(loc)
+
+    def _resampled(self, num_samples: int, shift: float) -> Tensor:
+        """Draws of the globals in their order, each as often as its share calls for, ``(num_samples, d)``."""
+        positions = (numpy.arange(num_samples) + shift) / num_samples
+        index = numpy.searchsorted(self.globals_.weights.cumsum(), positions).clip(max=len(self.globals_.draws) - 1)
+        return torch.from_numpy(self.globals_.draws[index]).to(self.gaussian.global_loc)
+
+    @cached_property
+    @torch.no_grad()
+    def _moments(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        center = self.gaussian.median()
+        moments = {name: (torch.zeros_like(value), torch.zeros_like(value)) for name, value in center.items()}
+        for weights, values in (self._weighted_globals(), *self._weighted_units()):
+            for name, value in values.items():
+                deviation = value - center[name]  # so that squares of small spreads have digits left
+                weighted = weights[name].reshape(weights[name].shape + (1,) * (value.dim() - weights[name].dim()))
+                moments[name][0].add_((weighted * deviation).sum(0))
+                moments[name][1].add_((weighted * deviation**2).sum(0))
+        mean = {name: center[name] + first for name, (first, _) in moments.items()}
+        std = {name: (second - first**2).clamp(min=0).sqrt() for name, (first, second) in moments.items()}
+        return mean, std
+
+    def _weighted_globals(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Weights and constrained values ``(S, ...)`` of the global sites."""
+        globals_, weights = self._weighted()
+        values = self.gaussian.constrained_globals(globals_)
+        return dict.fromkeys(values, weights), values
+
+    def _weighted_units(self) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+        """Weights and constrained values ``(S Q, ...)`` of the local sites, at points of the units."""
+        layout = self.gaussian.unit_model.layout
+        globals_, weights = self._weighted()
+        if len(globals_) > _AVERAGED:
+            globals_ = self._resampled(_AVERAGED, 0.5)
+            weights = globals_.new_full((_AVERAGED,), 1 / _AVERAGED)
+        chunk = max(1, self.units.chunk() // 2)
+        for some, weight in zip(globals_.split(chunk), weights.split(chunk), strict=True):
+            points, log_shares = self.units.points(some)
+            values = self.gaussian.constrained(some.repeat_interleave(points.shape[1], 0), points.flatten(0, 1))
+            shares = (weight[:, None, None] * log_shares.exp()).flatten(0, 1)  # (S Q, N)
+            local = {name: values[name] for name in layout.local_sites}
+            yield {name: self._along_units(shares, name, value) for name, value in local.items()}, local
+
+    def _along_units(self, shares: Tensor, name: str, value: Tensor) -> Tensor:
+        """Shares ``(L, N)`` in a shape that broadcasts against a value ``(L, *shape)`` of a local site."""
+        site, frame = self.gaussian.unit_model.density.sites[name], self.gaussian.unit_model.layout.frame
+        axis = 1 + len(site.shape) - site.event_dim + int(frame.dim)
+        return shares.reshape(len(shares), *(1,) * (axis - 1), -1, *(1,) * (value.dim() - axis - 1))
+
+
+def marginal_sample(integrals: UnitIntegrals, rule: UnitRule, gaussian: LaplaceGaussian, seed: int) -> ImportanceSample:
+    """Draw globals from their marginal density.
+
+    :param UnitIntegrals integrals: of the model.
+    :param UnitRule rule: how the units are integrated over.
+    :param LaplaceGaussian gaussian: the first proposal, and where modes are about.
+    :param int seed: of the draws.
+    """
+    points = rule.points(gaussian.local_loc.shape[1], gaussian.global_loc)
+    nested = NestedUnits(gaussian, integrals)
+
+    def log_density(draws: Vector) -> Vector:
+        globals_ = torch.from_numpy(draws).to(gaussian.global_loc)
+        values: Vector = _numpy(integrals.values(points, Points.log_integral, globals_, nested.start(globals_)).values)
+        return values
+
+    with torch.no_grad():
+        sampler = ImportanceSampler(seed=seed)
+        return sampler(log_density, _numpy(gaussian.global_loc), _numpy(gaussian.precision.global_scale_tril))
+
+
+def gaussian_sample(gaussian: LaplaceGaussian, seed: int) -> ImportanceSample:
+    """Draw globals from a Gaussian as it is.
+
+    :param LaplaceGaussian gaussian: the Gaussian.
+    :param int seed: of the draws.
+    """
+    return normal_sample(_numpy(gaussian.global_loc), _numpy(gaussian.precision.global_scale_tril), seed=seed)
+
+
+def _numpy(tensor: Tensor) -> Vector:
+    return tensor.detach().double().cpu().numpy()
+
+
+def _quantiles(values: Tensor, probabilities: Tensor) -> Tensor:
+    """As ``torch.quantile`` along the first dimension, for any number of elements."""
+    ordered = values.sort(0).values
+    position = probabilities * (len(values) - 1)
+    low = position.floor().long()
+    share = (position - low).reshape(-1, *(1,) * (values.dim() - 1))
+    return torch.lerp(ordered[low], ordered[(low + 1).clamp(max=len(values) - 1)], share.expand_as(ordered[low]))
+
+
+def _weighted_quantiles(values: Tensor, weights: Tensor, probabilities: Sequence[float]) -> list[float]:
+    order = values.argsort()
+    below = weights[order].cumsum(0) - weights[order] / 2
+    found = numpy.interp(probabilities, below.double().cpu().numpy(), values[order].double().cpu().numpy())
+    return [float(value) for value in found]

@@ -1,0 +1,178 @@
+"""What is known of the units given the globals: three approximations, one above the other.
+
+Each gives weighted points, for moments, and draws.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import numpy
+import torch
+from torch import Tensor
+
+from laplace_amort import blocks
+from laplace_amort.conditionals import Conditionals, UnitIntegrals
+from laplace_amort.family import LaplaceGaussian
+from laplace_amort.rules import GRID_DIM, GaussHermite, StudentPoints, UnitRule, student_log_density, student_points
+
+__all__ = ["LinearUnits", "NestedUnits", "UnitPosterior", "WeightedPoints", "WeightedUnits"]
+
+# Points from which one draw of a unit is chosen: of one dimension, and of more.
+_CANDIDATES = 16, 64
+_DF = 8.0
+
+
+class WeightedPoints(NamedTuple):
+    """Points of every unit at ``S`` globals.
+
+    :param Tensor points: ``(S, Q, N, k)``.
+    :param Tensor log_weights: normalized over the points, ``(S, Q, N)``.
+    """
+
+    points: Tensor
+    log_weights: Tensor
+
+
+class UnitPosterior(Protocol):
+    """The posterior of the units given the globals."""
+
+    def points(self, globals_: Tensor) -> WeightedPoints:
+        """Return points whose weighted averages are those of the posterior, at globals ``(S, d)``."""
+
+    def draw(self, globals_: Tensor, generator: torch.Generator) -> Tensor:
+        """Return a draw of all units at each of globals ``(S, d)``, ``(S, N, k)``."""
+
+    def chunk(self) -> int:
+        """How many globals to ask for at a time."""
+
+
+def _normal_rule(local_dim: int) -> UnitRule:
+    return GaussHermite(9 if local_dim <= 2 else 5) if local_dim <= GRID_DIM else StudentPoints(128, df=1e6)
+
+
+@dataclass(frozen=True)
+class LinearUnits:
+    """Normal, with a mean that is linear in the globals: the units of the Gaussian itself.
+
+    :param LaplaceGaussian gaussian: the guide.
+    """
+
+    gaussian: LaplaceGaussian
+
+    def points(self, globals_: Tensor) -> WeightedPoints:
+        """See :class:`UnitPosterior`."""
+        return _normal_points(self._conditionals(globals_))
+
+    def draw(self, globals_: Tensor, generator: torch.Generator) -> Tensor:
+        """See :class:`UnitPosterior`."""
+        return _normal_draw(self._conditionals(globals_), generator)
+
+    def chunk(self) -> int:
+        """See :class:`UnitPosterior`."""
+        return max(1, 2**20 // max(self.gaussian.local_loc.numel(), 1))
+
+    def _conditionals(self, globals_: Tensor) -> Conditionals:
+        gaussian = self.gaussian
+        mode = gaussian.local_loc + gaussian.precision.conditional_mean(globals_ - gaussian.global_loc)
+        scale = gaussian.precision.local_scale_tril.expand(len(globals_), *gaussian.precision.tail.shape)
+        return Conditionals(mode, scale, torch.ones_like(mode[..., 0], dtype=torch.bool))
+
+
+@dataclass(frozen=True)
+class NestedUnits:
+    """Normal around the mode at each value of the globals, with the curvature there.
+
+    :param LaplaceGaussian gaussian: where the modes are about.
+    :param UnitIntegrals integrals: of the model.
+    """
+
+    gaussian: LaplaceGaussian
+    integrals: UnitIntegrals
+
+    def points(self, globals_: Tensor) -> WeightedPoints:
+        """See :class:`UnitPosterior`."""
+        return _normal_points(self.conditionals(globals_))
+
+    def draw(self, globals_: Tensor, generator: torch.Generator) -> Tensor:
+        """See :class:`UnitPosterior`."""
+        return _normal_draw(self.conditionals(globals_), generator)
+
+    def chunk(self) -> int:
+        """See :class:`UnitPosterior`."""
+        return self.integrals.density.chunk(4)
+
+    def conditionals(self, globals_: Tensor) -> Conditionals:
+        """Return modes and curvatures at globals ``(S, d)``."""
+        return self.integrals.conditionals(globals_, self.start(globals_))
+
+    def start(self, globals_: Tensor) -> Tensor:
+        """Guess the modes at globals ``(S, d)``, as ``(S, N, k)``."""
+        gaussian = self.gaussian
+        return gaussian.local_loc + gaussian.precision.conditional_mean(globals_ - gaussian.global_loc)
+
+
+@dataclass(frozen=True)
+class WeightedUnits(NestedUnits):
+    """As the model has it: points around the mode with the weights that the density gives them.
+
+    A draw is one of some candidates, chosen by their weights.
+
+    :param UnitRule rule: of the points.
+    """
+
+    rule: UnitRule = GaussHermite(9)
+
+    def points(self, globals_: Tensor) -> WeightedPoints:
+        """See :class:`UnitPosterior`."""
+        rule = self.rule.points(self.gaussian.local_loc.shape[1], globals_)
+        points = self.conditionals(globals_).at(rule.points)
+        return WeightedPoints(points, rule.log_weights(self.integrals.density.units_at(globals_, points)))
+
+    def draw(self, globals_: Tensor, generator: torch.Generator) -> Tensor:
+        """See :class:`UnitPosterior`."""
+        there = self.conditionals(globals_)
+        points, log_density = self._candidates(there, generator)
+        candidates = there.at(points)
+        log_ratios = self.integrals.density.units_at(globals_, candidates) - log_density
+        uniform = torch.rand(log_ratios[:, :1].shape, generator=generator, dtype=torch.float64).to(log_ratios)
+        below = log_ratios.softmax(1).cumsum(1) < uniform
+        chosen = below.sum(1, keepdim=True).clamp(max=len(log_ratios[0]) - 1)
+        return candidates.gather(1, chosen.unsqueeze(-1).expand(-1, -1, -1, candidates.shape[-1])).squeeze(1)
+
+    def chunk(self) -> int:
+        """See :class:`UnitPosterior`."""
+        num_points = len(self.rule.points(self.gaussian.local_loc.shape[1], self.gaussian.global_loc).points)
+        return self.integrals.density.chunk(max(num_points, *_CANDIDATES))
+
+    def _candidates(self, there: Conditionals, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Points ``(S, M, N, k)`` of a t distribution, evenly spread but shifted at random; and their log density."""
+        s, n, k = there.mode.shape
+        number = _CANDIDATES[k > 1]
+        grid = _lattice(number, k + (k > 1))
+        shift = torch.rand(s, 1, n, grid.shape[-1], generator=generator, dtype=torch.float64)
+        uniform = (torch.from_numpy(grid)[:, None] + shift).remainder(1.0).clamp(1e-9, 1 - 1e-9).numpy()
+        points = student_points(uniform, _DF)
+        log_density = student_log_density(points, _DF)
+        return torch.from_numpy(points).to(there.mode), torch.from_numpy(log_density).to(there.mode)
+
+
+def _lattice(number: int, dim: int) -> numpy.ndarray:
+    """Evenly spread points of the unit cube, ``(M, dim)``: with steps that are powers of a generalized golden ratio."""
+    ratio = 2.0
+    for _ in range(60):  # x^(dim + 1) = x + 1
+        ratio = (1 + ratio) ** (1 / (dim + 1))
+    steps = ratio ** -numpy.arange(1.0, dim + 1) if dim > 1 else numpy.array([1 / number])
+    return (numpy.arange(number)[:, None] * steps) % 1
+
+
+def _normal_points(there: Conditionals) -> WeightedPoints:
+    rule = _normal_rule(there.mode.shape[-1]).points(there.mode.shape[-1], there.mode)
+    points = there.at(rule.points)
+    return WeightedPoints(points, rule.log_probs[:, None].expand(points.shape[:-1]))
+
+
+def _normal_draw(there: Conditionals, generator: torch.Generator) -> Tensor:
+    noise = torch.randn(there.mode.shape, generator=generator, dtype=torch.float64).to(there.mode)
+    return there.mode + blocks.matvec(there.scale_tril, noise)
