@@ -2,8 +2,8 @@ r"""Importance sampling of a few variables whose log density is known up to a co
 
 The first proposal is a Student-t distribution around the mode whose two halves along each axis have scales of their
 own, as the density falls off there (Geweke's split t). Where that does not suffice, more are fitted to what was found,
-and every draw counts with the density of their mixture. Draws are quasi-random; parts of their sequence, each of them a balanced set, tell how large the error is
-at most.
+and every draw counts with the density of their mixture. Draws are quasi-random; parts of their sequence, each of them a
+balanced set, tell how large the error is at most.
 """
 
 from __future__ import annotations

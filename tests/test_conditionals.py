@@ -8,47 +8,19 @@ import scipy.integrate
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models import normals
 from oracles import Figures, finite_difference, relative_error
-from separable import known_modes
+from separable import KnownMode, known_modes
 from strategies import standard_normal
+from unit_integrals import REDUCTIONS, Problem, straight, terms_of
 from unit_models import UNIT_MODELS
 
 from laplace_amort.conditionals import Conditionals, UnitIntegrals
 from laplace_amort.marginal import laplace_marginal
 from laplace_amort.modes import NewtonMode
 from laplace_amort.rules import GaussHermite, Laplace, Points, StudentPoints
-from laplace_amort.separable import SeparableDensity
-from laplace_amort.unit_model import UnitModels
-from laplace_amort.unit_terms import unit_terms
 
 figures = Figures()
 MORE = settings.default.max_examples
-REDUCTIONS = {"log_integral": Points.log_integral, "mean_gain": Points.mean_gain}
-
-
-class Problem:
-    """A model, its terms, and several globals."""
-
-    def __init__(self, name, num_globals=1, how="recorded"):
-        case = UNIT_MODELS[name]()
-        self.model = UnitModels(case.model, case.unit_plate)(case.args, case.kwargs, {})[0]
-        self.globals_ = 0.3 * normals(num_globals, case.global_dim)
-        self.start = torch.zeros(num_globals, case.num_units, case.local_dim)
-        model = self.model.recorded(self.globals_[0], self.start[0]) if how == "recorded" else self.model
-        self.density = unit_terms(model, self.globals_[0], self.start[0])
-        self.integrals = UnitIntegrals(self.density)
-
-    def points(self, rule):
-        return rule.points(self.start.shape[-1], self.start)
-
-    def values(self, rule, reduce=Points.log_integral):
-        return self.integrals.values(self.points(rule), reduce, self.globals_, self.start)
-
-    def gradients(self, rule, reduce=Points.log_integral):
-        return self.integrals.values_and_gradients(self.points(rule), reduce, self.globals_, self.start)
-
-
 # -------------------------------------------------------------------------------------------------------------- Laplace
 
 
@@ -60,7 +32,7 @@ def test_one_point_is_the_laplace_marginal(name, rule):
     expected = laplace_marginal(problem.model.log_joint, problem.globals_[0], found.mode[0])
     assert figures.add("value, one point", relative_error(found.values[0], expected.value)) < 1e-11
     assert figures.add("gradient, one point", relative_error(found.gradients[0], expected.gradient)) < 1e-8
-    by_gain = problem.gradients(rule, Points.mean_gain)
+    by_gain = problem.gradients(rule, "mean_gain")
     torch.testing.assert_close(by_gain.values, found.values, rtol=1e-12, atol=0)
     torch.testing.assert_close(by_gain.gradients, found.gradients, rtol=1e-9, atol=1e-10)
 
@@ -73,7 +45,7 @@ def test_one_point_is_the_laplace_marginal(name, rule):
 def test_units_that_are_normal_are_integrated_exactly(rule, reduction):
     """The evidence of the model ``normal``: its lower bound is no lower."""
     problem = Problem("normal", num_globals=3)
-    found = problem.gradients(rule, REDUCTIONS[reduction])
+    found = problem.gradients(rule, reduction)
 
     def evidence(theta):
         mu, tau = theta[0], theta[1].exp()
@@ -108,16 +80,16 @@ def by_scipy(problem):
         ("bernoulli_answers", StudentPoints(256)),
         ("negative_binomial", GaussHermite(60)),
         ("gamma_rates", GaussHermite(60)),
-        ("beta_means", GaussHermite(60)),
-        ("student_t", StudentPoints(512)),
+        ("beta_means", StudentPoints(256, df=3.0)),
         ("student_t", StudentPoints(512, df=4.0)),
+        ("student_t", StudentPoints(128, df=2.0)),
         ("without_globals", GaussHermite(40)),
     ],
 )
 def test_many_points_give_what_scipy_finds(name, rule):
     problem = Problem(name)
     found = problem.values(rule).values[0]
-    expected = by_scipy(problem).sum() + problem.density.shared(problem.globals_[0], problem.start[0])
+    expected = by_scipy(problem).sum() + problem.shared()
     assert abs(float(found - expected)) < 1e-8
     assert abs(float(problem.values(Laplace()).values[0] - expected)) > 1e-4  # so there is something to find
 
@@ -129,22 +101,22 @@ def test_two_dimensions_on_a_fine_grid():
     grid = torch.cartesian_prod(line, line)
     values = problem.density.units_at(problem.globals_, grid[None, :, None, :].expand(1, -1, 4, 2))
     expected = values.logsumexp(1).sum() + 8 * math.log(step)
-    expected = expected + problem.density.shared(problem.globals_[0], problem.start[0])
-    errors = [abs(float(problem.values(GaussHermite(n)).values[0] - expected)) for n in (1, 5, 25)]
+    expected = expected + problem.shared()
+    errors = [abs(float(problem.values(GaussHermite(n)).values[0] - expected)) for n in (1, 9, 31)]
     assert errors[0] > 1e-3
-    assert errors[1] < errors[0] / 10
-    assert errors[2] < 1e-7
+    assert errors[1] < errors[0] / 100
+    assert errors[2] < 1e-8
 
 
 @pytest.mark.parametrize("name", ["poisson_by_visit", "student_t", "categorical_probs", "level_and_spread"])
 @pytest.mark.parametrize("rule", [GaussHermite(4), StudentPoints(32)])
 def test_the_mean_is_a_lower_bound(name, rule):
     problem = Problem(name, num_globals=3)
-    gap = problem.values(rule).values - problem.values(rule, Points.mean_gain).values
+    gap = problem.values(rule).values - problem.values(rule, "mean_gain").values
     assert (gap > 1e-5).all()
 
 
-# -------------------------------------------------------------------------------------------------------------- gradients
+# ----------------------------------------------------------------------------------------------------------- gradients
 
 RULES = {"grid": GaussHermite(3), "student": StudentPoints(8)}
 NAMES = [
@@ -165,7 +137,7 @@ def gradient_error(problem, rule, reduction):
         return problem.integrals.values(points, reduce, theta.unsqueeze(0), problem.start).values[0]
 
     expected = finite_difference(value, problem.globals_[0], step=0.05, levels=5)
-    return relative_error(problem.gradients(rule, reduce).gradients[0], expected)
+    return relative_error(problem.gradients(rule, reduction).gradients[0], expected)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -176,44 +148,15 @@ def test_gradients_are_those_of_values(name, rule, reduction):
     assert figures.add(f"gradient, {rule}, {reduction}", error) < 1e-7
 
 
-def terms_of(problem):
-    """The terms of a problem whose modes are known, unit by unit."""
-
-    def shared(theta, y):
-        return -(theta**2).sum() / 2
-
-    def units(theta, y):
-        alone = [problem.unit(i).log_joint(theta, y[i : i + 1]) - shared(theta, y) for i in range(problem.num_units)]
-        return torch.stack(alone)
-
-    return SeparableDensity(shared, units)
-
-
-def straight(problem, points, reduction):
-    """The same sum with modes in closed form, dense Hessians and a textbook factor: torch.func goes straight through."""
-    density, eps = terms_of(problem), points.points
-    log_ratio = (points.log_probs - points.log_density).unsqueeze(-1)
-
-    def value(theta):
-        mode = problem.mode(theta)
-        hessians = torch.stack(
-            [
-                torch.func.hessian(
-                    lambda x, i=i: density.units(theta, mode.index_copy(0, torch.tensor([i]), x[None]))[i]
-                )(mode[i])
-                for i in range(problem.num_units)
-            ]
-        )
-        root = torch.linalg.cholesky(torch.linalg.inv(-hessians))
-        nodes = mode + torch.einsum("nij,qj->qni", root, eps)
-        values = torch.stack([density.units(theta, node) for node in nodes])
-        if reduction == "log_integral":
-            each = (values + log_ratio).exp().sum(0).log()
-        else:
-            each = (points.log_probs.exp()[:, None] * (values - points.log_density[:, None])).sum(0)
-        return (each + root.diagonal(dim1=-2, dim2=-1).log().sum(-1)).sum() + density.shared(theta, mode)
-
-    return value(problem.global_), torch.func.grad(value)(problem.global_)
+def straight_errors(problem, rule, reduction):
+    """Of value and gradient, against torch.func straight through a closed form."""
+    start = problem.mode(problem.global_) + 0.1
+    points = rule.points(problem.local_dim, start)
+    found = UnitIntegrals(terms_of(problem)).values_and_gradients(
+        points, REDUCTIONS[reduction], problem.global_.unsqueeze(0), start.unsqueeze(0)
+    )
+    gradient, value = torch.func.grad_and_value(straight(problem, points, reduction))(problem.global_)
+    return relative_error(found.values[0], value), relative_error(found.gradients[0], gradient)
 
 
 rules = st.sampled_from([GaussHermite(1), GaussHermite(2), StudentPoints(4)])
@@ -222,15 +165,9 @@ rules = st.sampled_from([GaussHermite(1), GaussHermite(2), StudentPoints(4)])
 @settings(max_examples=MORE)
 @given(problem=known_modes(max_global=3), rule=rules, reduction=st.sampled_from(sorted(REDUCTIONS)))
 def test_gradients_straight_through_a_known_mode(problem, rule, reduction):
-    problem.weight = 1.0
-    start = problem.mode(problem.global_) + 0.1
-    points = rule.points(problem.local_dim, start)
-    found = UnitIntegrals(terms_of(problem)).values_and_gradients(
-        points, REDUCTIONS[reduction], problem.global_.unsqueeze(0), start.unsqueeze(0)
-    )
-    value, gradient = straight(problem, points, reduction)
-    assert figures.add("value, known mode", relative_error(found.values[0], value)) < 1e-10
-    assert figures.add("gradient, known mode", relative_error(found.gradients[0], gradient)) < 1e-8
+    in_value, in_gradient = straight_errors(problem, rule, reduction)
+    assert figures.add("value, known mode", in_value) < 1e-10
+    assert figures.add("gradient, known mode", in_gradient) < 1e-8
 
 
 @settings(max_examples=MORE)
@@ -301,13 +238,21 @@ BUGS = {
 }
 
 
+def by_differences(reduction):
+    return gradient_error(Problem("poisson_by_visit"), RULES["student"], reduction)
+
+
+def by_autograd(reduction):
+    return straight_errors(KnownMode("poisson", 2, 3, 2), RULES["student"], reduction)[1]
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("route", [by_differences, by_autograd])
 @pytest.mark.parametrize("bug", BUGS)
-def test_a_planted_bug_is_found(bug, reduction, monkeypatch):
-    problem = Problem("binomial_slopes")
-    assert gradient_error(problem, RULES["student"], reduction) < 1e-7
+def test_a_planted_bug_is_found(bug, route, reduction, monkeypatch):
+    assert route(reduction) < 1e-7
     planted(monkeypatch, **BUGS[bug])
-    assert gradient_error(problem, RULES["student"], reduction) > 1e-3
+    assert route(reduction) > 1e-3
 
 
 def test_a_wrong_scale_moves_the_value_towards_the_integral_only():
@@ -331,7 +276,7 @@ def test_settings_of_the_search_are_used():
         points, Points.log_integral, problem.globals_, problem.start
     )
     assert lost.values.isnan().all()
-    assert lost.lost.all()
+    assert lost.lost.any()
     lax = UnitIntegrals(problem.density, NewtonMode(tolerance=0.5)).values(
         points, Points.log_integral, problem.globals_, problem.start
     )
