@@ -3,6 +3,7 @@
 from laplace_amort.arrowhead import Arrowhead
 from laplace_amort.arrowhead_information import ArrowheadBlocks, arrowhead_information, check_structure
 from laplace_amort.boost import Boost
+from laplace_amort.diagnostics import diagnose
 from laplace_amort.dual_path import DualPath, DualPathParam, check_paths, dual_path
 from laplace_amort.errors import (
     GuideCheckError,
@@ -20,6 +21,7 @@ from laplace_amort.errors import (
     StructureError,
 )
 from laplace_amort.family import LaplaceGaussian
+from laplace_amort.findings import Diagnosis, Finding, Level
 from laplace_amort.fit_result import FitResult, Optimum
 from laplace_amort.fit_status import FitStatus
 from laplace_amort.fitting import fit
@@ -48,8 +50,10 @@ __all__ = [
     "AutoLaplaceFamily",
     "Boost",
     "ClosedFormMode",
+    "Diagnosis",
     "DualPath",
     "DualPathParam",
+    "Finding",
     "FitResult",
     "FitStatus",
     "FixedDrawELBO",
@@ -60,6 +64,7 @@ __all__ = [
     "JointCurvature",
     "LaplaceAmortError",
     "LaplaceGaussian",
+    "Level",
     "LogJoint",
     "MarginalCurvature",
     "MarginalLaplace",
@@ -91,6 +96,7 @@ __all__ = [
     "arrowhead_information",
     "check_paths",
     "check_structure",
+    "diagnose",
     "dual_path",
     "dual_path_param",
     "fit",

@@ -14,6 +14,7 @@ model*, Journal of Computational and Graphical Statistics 4(1), for the adaptive
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -83,6 +84,10 @@ class UnitIntegrals:
 
     density: SeparableDensity
     mode: NewtonMode = NewtonMode()
+
+    def limited(self, max_steps: int) -> UnitIntegrals:
+        """Return the same with fewer steps of the search for modes, where not all need be found."""
+        return dataclasses.replace(self, mode=dataclasses.replace(self.mode, max_steps=max_steps))
 
     def conditionals(self, globals_: Tensor, start: Tensor) -> Conditionals:
         """Find modes and curvatures, attached to the globals where gradients are enabled.

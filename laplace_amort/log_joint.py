@@ -173,6 +173,32 @@ class LogJoint:
         others = {name: part for name, part in feed.log_jacobians.items() if feed.transforms[name] is not IDENTITY}
         return trace, others
 
+    def simulated(self, values: Mapping[str, Tensor]) -> LogJoint:
+        """Return the log joint of the same model for data that are drawn from it, and latents that are not given too.
+
+        It draws by torch's generator. Scales and masks do not change what is drawn.
+
+        :param values: constrained values of some latent sites, such as the globals.
+        :raises ModelError: if the data are, or are part of, a ``pyro.factor``, which nothing can be drawn from.
+        """
+        free = poutine.uncondition(self.model)
+        with torch.no_grad(), pyro.validation_enabled(False):
+            drawn = LogJoint._tracing(poutine.condition(free, data=dict(values)), self)
+        observed = {name: node for name, node in drawn.nodes.items() if node.get("infer", {}).get("was_observed")}
+        for name, node in observed.items():
+            if isinstance(node["fn"], dist.Unit):
+                raise ModelError(f"site '{name}' is a pyro.factor, which no data can be drawn from")
+        other = copy.copy(self)
+        other.model = poutine.condition(free, data={name: node["value"] for name, node in observed.items()})
+        return other
+
+    @staticmethod
+    def _tracing(model: Callable[..., Any], like: LogJoint) -> Any:
+        """A trace of another model for the same arguments and indices."""
+        other = copy.copy(like)
+        other.model = model
+        return other._run(Messenger())
+
     def pack(self, values: Mapping[str, Tensor]) -> Tensor:
         """Concatenate unconstrained values of all sites into a vector ``(D,)``, in the order of the sites."""
         self._check_names(values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,8 +25,6 @@ __all__ = ["Posterior", "gaussian_sample", "marginal_sample"]
 
 # Draws for quantiles.
 _DRAWS = 4000
-# Draws of the globals, at most, over which the units are averaged.
-_AVERAGED = 1024
 _PROBABILITIES = (0.05, 0.5, 0.95)
 
 
@@ -41,6 +40,7 @@ class Posterior:
     :param ImportanceSample globals_: draws of the globals in unconstrained space, with weights.
     :param units: what is known of the units given the globals.
     :param int seed: of draws.
+    :param int averaged: draws of the globals, at most, over which moments of the units are averages.
 
     Example::
 
@@ -64,6 +64,11 @@ class Posterior:
     globals_: ImportanceSample
     units: UnitPosterior
     seed: int = 0
+    averaged: int = 1024
+
+    def thinned(self, averaged: int) -> Posterior:
+        """Return the same with fewer draws of the globals to average the units over."""
+        return dataclasses.replace(self, averaged=averaged)
 
     @property
     def k_hat(self) -> float:
@@ -84,8 +89,7 @@ class Posterior:
         :return: constrained values ``(num_samples, *shape)`` by site.
         """
         generator = torch.Generator().manual_seed(self.seed if seed is None else seed)
-        globals_ = self._resampled(num_samples, float(torch.rand((), generator=generator)))
-        globals_ = globals_[torch.randperm(num_samples, generator=generator).to(globals_.device)]
+        globals_ = self._resampled(num_samples, generator)
         chunks = globals_.split(self.units.chunk())
         parts = [self.gaussian.constrained(some, self.units.draw(some, generator)) for some in chunks]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
@@ -139,11 +143,25 @@ class Posterior:
         loc = self.gaussian.global_loc
         return torch.from_numpy(self.globals_.draws).to(loc), torch.from_numpy(self.globals_.weights).to(loc)
 
-    def _resampled(self, num_samples: int, shift: float) -> Tensor:
-        """Draws of the globals in their order, each as often as its share calls for, ``(num_samples, d)``."""
+    def _resampled(self, num_samples: int, generator: torch.Generator) -> Tensor:
+        """Draws of the globals in random order, each as often as its share calls for, ``(num_samples, d)``."""
+        # A stride through a quasi-random sequence is all but random, so the order comes first.
+        order = torch.randperm(len(self.globals_.draws), generator=generator).numpy()
+        shift = float(torch.rand((), generator=generator))
         positions = (numpy.arange(num_samples) + shift) / num_samples
-        index = numpy.searchsorted(self.globals_.weights.cumsum(), positions).clip(max=len(self.globals_.draws) - 1)
-        return torch.from_numpy(self.globals_.draws[index]).to(self.gaussian.global_loc)
+        index = numpy.searchsorted(self.globals_.weights[order].cumsum(), positions).clip(max=len(order) - 1)
+        chosen = order[index][torch.randperm(num_samples, generator=generator).numpy()]
+        return torch.from_numpy(self.globals_.draws[chosen]).to(self.gaussian.global_loc)
+
+    def _averaged(self) -> tuple[Tensor, Tensor]:
+        """Draws of the globals ``(S, d)`` that the units are averaged over, and their weights."""
+        globals_, weights = self._weighted()
+        if len(globals_) <= self.averaged:
+            return globals_, weights
+        equal = weights.new_full((self.averaged,), 1 / self.averaged)
+        if not numpy.ptp(self.globals_.log_weights):
+            return globals_[: self.averaged], equal  # the first of a quasi-random sequence are balanced
+        return self._resampled(self.averaged, torch.Generator().manual_seed(self.seed)), equal
 
     @cached_property
     @torch.no_grad()
@@ -169,10 +187,7 @@ class Posterior:
     def _weighted_units(self) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
         """Weights and constrained values ``(S Q, ...)`` of the local sites, at points of the units."""
         layout = self.gaussian.unit_model.layout
-        globals_, weights = self._weighted()
-        if len(globals_) > _AVERAGED:
-            globals_ = self._resampled(_AVERAGED, 0.5)
-            weights = globals_.new_full((_AVERAGED,), 1 / _AVERAGED)
+        globals_, weights = self._averaged()
         chunk = max(1, self.units.chunk() // 2)
         for some, weight in zip(globals_.split(chunk), weights.split(chunk), strict=True):
             points, log_shares = self.units.points(some)

@@ -22,7 +22,7 @@ from laplace_amort.recording import LogJoint, record
 from laplace_amort.separable import SeparableDensity
 from laplace_amort.unit_model import UnitModel
 
-__all__ = ["unit_terms"]
+__all__ = ["separated", "unit_owners", "unit_terms"]
 
 # How far from the start terms are probed: one that is at its maximum has no derivative there.
 _PROBES = (0.1, 0.5, 1.0)
@@ -48,13 +48,23 @@ def unit_terms(model: UnitModel, global_: Tensor, local: Tensor) -> SeparableDen
     :raises StructureError: if a term depends on more than one unit; the message names the site and two units.
     """
     global_, local = global_.detach(), local.detach()
-    owners = _owners(model, global_, local)
-    functions: list[LogJoint] = [functools.partial(part, model, owners) for part in (_shared, _units)]
+    density = separated(model, _owners(model, global_, local))
+    functions: list[LogJoint] = [density.shared, density.units]
     if model.recording is not None:
         # Where the whole can be recorded, its parts should be.
         with contextlib.suppress(RecordingError):
             functions = [record(function, global_, local) for function in functions]
     return SeparableDensity(*functions)
+
+
+def unit_owners(model: UnitModel, global_: Tensor, local: Tensor) -> list[Tensor]:
+    """Return the unit that each term of a model belongs to, as :func:`unit_terms` finds it, for :func:`separated`."""
+    return _owners(model, global_.detach(), local.detach())
+
+
+def separated(model: UnitModel, owners: list[Tensor]) -> SeparableDensity:
+    """Return the terms of a model whose structure is known: the same model for other data."""
+    return SeparableDensity(functools.partial(_shared, model, owners), functools.partial(_units, model, owners))
 
 
 class _Terms(NamedTuple):

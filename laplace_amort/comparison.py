@@ -1,0 +1,64 @@
+"""How far two posteriors are apart, in means and standard deviations of everything."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from laplace_amort.posterior import Posterior
+
+__all__ = ["Comparison", "PosteriorComparison", "compare"]
+
+
+class Comparison(NamedTuple):
+    """The worst of some elements.
+
+    :param float mean: largest difference of means, in standard deviations of the reference.
+    :param float sd: largest difference of standard deviations, as a share of those of the reference.
+    :param str where: the element that is worst; empty if there is none.
+    """
+
+    mean: float
+    sd: float
+    where: str
+
+
+class PosteriorComparison(NamedTuple):
+    """The worst of the globals and the worst of the units."""
+
+    globals_: Comparison
+    units: Comparison
+
+
+def compare(posterior: Posterior, reference: Posterior) -> PosteriorComparison:
+    """Compare all means and standard deviations, of constrained values.
+
+    :param Posterior posterior: of some model and data.
+    :param Posterior reference: of the same.
+    """
+    layout = posterior.gaussian.unit_model.layout
+    parts = posterior.mean(), posterior.std(), reference.mean(), reference.std()
+    return PosteriorComparison(
+        *(_worst({name: [part[name] for part in parts] for name in sites})
+          for sites in (layout.global_sites, layout.local_sites))
+    )  # fmt: skip
+
+
+def _worst(sites: dict[str, list[Tensor]]) -> Comparison:
+    worst, means, sds = (-1.0, ""), [0.0], [0.0]
+    for name, (mean, sd, true_mean, true_sd) in sites.items():
+        if not mean.numel():
+            continue
+        fixed = true_sd <= torch.finfo(true_sd.dtype).eps * (1 + true_mean.abs())  # as the diagonal of a correlation
+        scale = torch.where(fixed, torch.ones_like(true_sd), true_sd)
+        off = (((mean - true_mean) / scale).abs().masked_fill(fixed, 0.0)).reshape(-1)
+        ratio = ((sd / scale - 1).abs().masked_fill(fixed, 0.0)).reshape(-1)
+        means.append(float(off.max()))
+        sds.append(float(ratio.max()))
+        size = off + 2 * ratio
+        index = int(size.argmax())
+        place = [int(i) for i in torch.unravel_index(torch.tensor(index), mean.shape)]
+        worst = max(worst, (float(size[index]), f"{name}{place or ''}"))
+    return Comparison(max(means), max(sds), worst[1])
