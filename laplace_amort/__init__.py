@@ -28,6 +28,7 @@ from laplace_amort.fitting import fit
 from laplace_amort.guides import AutoLaplaceFamily
 from laplace_amort.heads import JointCurvature, MarginalCurvature
 from laplace_amort.information import observed_information, subsample_information
+from laplace_amort.ladder import Ladder
 from laplace_amort.layout import UnitLayout
 from laplace_amort.log_joint import LogJoint
 from laplace_amort.modes import ClosedFormMode, FreeMode, NewtonMode
@@ -62,6 +63,7 @@ __all__ = [
     "GuideCheckError",
     "InformationError",
     "JointCurvature",
+    "Ladder",
     "LaplaceAmortError",
     "LaplaceGaussian",
     "Level",

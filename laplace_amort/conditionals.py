@@ -31,6 +31,9 @@ from laplace_amort.separable import SeparableDensity
 
 __all__ = ["Conditionals", "Integrals", "Reduction", "UnitIntegrals"]
 
+# Newton decrement at which a search ends where points surround the mode: they need not do so exactly.
+_LOOSE = 1e-2
+
 # From the values (S, Q, N) at the points of a rule to one number of each unit, (S, N).
 Reduction = Callable[[Points, Tensor], Tensor]
 
@@ -85,6 +88,10 @@ class UnitIntegrals:
     density: SeparableDensity
     mode: NewtonMode = NewtonMode()
 
+    def loose(self) -> UnitIntegrals:
+        """Return the same for points that surround a mode, but not exactly: fewer steps of the search for it."""
+        return dataclasses.replace(self, mode=dataclasses.replace(self.mode, tolerance=_LOOSE))
+
     def limited(self, max_steps: int) -> UnitIntegrals:
         """Return the same with fewer steps of the search for modes, where not all need be found."""
         return dataclasses.replace(self, mode=dataclasses.replace(self.mode, max_steps=max_steps))
@@ -106,8 +113,10 @@ class UnitIntegrals:
             (result.gradient if attached else result.at.gradient).unsqueeze(-1), result.at.factor
         )
         mode = result.at.local + step.squeeze(-1)
-        _, tail = local_information(log_joint, globals_, mode)
-        scale, failed = blocks.scale_tril(tail)
+        if attached:
+            scale, failed = blocks.scale_tril(local_information(log_joint, globals_, mode)[1])
+        else:  # the curvature at the last point of the search, within the tolerance of the mode
+            scale, failed = blocks.covariance_tril(result.at.factor), ~result.at.concave
         shape = len(globals_), -1
         parts = mode.unflatten(0, shape), scale.unflatten(0, shape), (found & ~failed).unflatten(0, shape)
         return Conditionals(*parts)
@@ -154,8 +163,9 @@ class UnitIntegrals:
                 surrogate + ((in_nodes.unsqueeze(-1) * points.points[:, None, None, :]).sum(1) * there.scale_tril).sum()
             )
             gradients = torch.zeros_like(in_globals)
-            if theta.numel():
-                (gradients,) = torch.autograd.grad(surrogate, theta)
+            if theta.numel() and surrogate.requires_grad:
+                (found,) = torch.autograd.grad(surrogate, theta, allow_unused=True)
+                gradients = gradients if found is None else found
         with torch.no_grad():
             total = (values + log_det).sum(-1) + self.density.shared_at(globals_, start[0])
             return Integrals(_where_found(total, there), gradients + in_globals, there.mode.detach(), ~there.found)

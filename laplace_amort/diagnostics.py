@@ -33,8 +33,8 @@ _DECREMENT, _REPAIRED, _OTHER = 0.05, 0.05, (0.01, 0.05)
 _SKEWNESS = 1.0, 2.5
 # Error of the moments by sampling; and p value below which scores are not zero on average.
 _OPEN, _P = (0.05, 0.15), 1e-3
-# Draws of the globals over which units are averaged in a comparison, and of units in all; at most, but for the least.
-_AVERAGED, _LEAST, _IN_ALL = 1024, 128, 2**21
+# Draws of the globals over which units are averaged in a comparison: of units in all at most, but for the least.
+_AVERAGED, _LEAST = 2**21, 128
 # Draws of a Gaussian by which its own weights are seen.
 _OWN = 512
 
@@ -130,7 +130,7 @@ def _reference(result: FitResult, seed: int) -> Posterior:
     gaussian, integrals = result.posterior.gaussian, result.rung.target.integrals
     rule = _next_rule(result)
     globals_ = marginal_sample(integrals, rule, gaussian, result.rung.seed + seed)
-    averaged = min(_AVERAGED, max(_LEAST, _IN_ALL // gaussian.local_loc.numel()))
+    averaged = max(_LEAST, _AVERAGED // max(gaussian.local_loc.numel(), 1))
     return Posterior(gaussian, globals_, WeightedUnits(gaussian, integrals, rule), result.posterior.seed, averaged)
 
 
@@ -264,7 +264,7 @@ def _advice(result: FitResult, findings: list[Finding]) -> str:
         return "fit(model, guide, *args, starts=20)"
     if levels.get("second start", Level.GOOD) > Level.UNKNOWN:
         return ""
-    higher = ("error, globals", "error, units", "skewness, units", "k-hat, units", "simulated scores", "convergence")
+    higher = ("error, globals", "error, units", "skewness, units", "k-hat, units", "convergence")
     if any(levels.get(name, Level.GOOD) > Level.UNKNOWN for name in higher):
         return f"fit(model, guide, *args, objective=MarginalQuadrature({_next_rule(result)!r}))"
     return ""

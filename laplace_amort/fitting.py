@@ -169,7 +169,8 @@ def _stochastic(
 
 def _result(run: Run, objective: Objective, ends: list[End], value: tuple[float, float], saved: _Saved) -> FitResult:
     maximum, target = ends[0].maximum, run.target
-    notes = []
+    objective, settled = run.settled(maximum, objective)
+    notes = list(settled)
     if target.not_recorded:
         notes.append(f"every evaluation ran the model in Python, which takes longer: {target.not_recorded}")
     problem = maximum.evaluation.problem or next((step.problem for step in run.history[::-1] if step.problem), "")

@@ -1,9 +1,10 @@
 r"""Importance sampling of a few variables whose log density is known up to a constant.
 
-The first proposal is a Student-t distribution around the mode whose two halves along each axis have scales of their
-own, as the density falls off there (Geweke's split t). Where that does not suffice, more are fitted to what was found,
-and every draw counts with the density of their mixture. Draws are quasi-random; parts of their sequence, each of them a
-balanced set, tell how large the error is at most.
+The first proposal is normal around the mode, with draws that have its mean and covariance exactly: where the density is
+near that, a hundred are enough. Where it is not, there follow a Student-t distribution whose two halves along each axis
+have scales of their own, as the density falls off there (Geweke's split t), and others that are fitted to what was
+found; every draw counts with the density of the mixture. Draws are quasi-random, and parts of their sequence, each of
+them a balanced set, tell how large the error is at most.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from laplace_amort.coordinates import Vector
 from laplace_amort.psis import K_GOOD, pareto_smoothed
 from laplace_amort.rules import sobol_points, student_log_density, student_points
 
-__all__ = ["ImportanceSample", "ImportanceSampler", "normal_sample"]
+__all__ = ["ImportanceSample", "ImportanceSampler", "matched_normal", "normal_sample"]
 
 # Of the proposals: tails that are heavier than those of any posterior in unconstrained space with proper priors.
 _DF = 5.0
@@ -27,6 +28,10 @@ _DF = 5.0
 _SETS = 8
 # Share of the draws that their effective number must be, and shape of the tail, for no other proposal to be made.
 _KEPT, _K_KEPT = 0.3, 0.4
+# The same, below which a normal proposal will do by itself.
+_K_NORMAL = 0.5
+# Times the accuracy that its error may be for more draws of it to be taken; and draws of it for each dimension.
+_NEARLY, _EACH = 3.0, 24
 # Standard deviations from the mode where the density is looked at along each axis, and by what factors the scale of a
 # half may differ from that of the curvature.
 _LOOKED = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -83,9 +88,8 @@ def normal_sample(loc: Vector, scale_tril: Vector, num_draws: int = 1024, seed: 
     :param int num_draws: a power of two.
     :param int seed: of the draws.
     """
-    if len(loc) == 0:
-        num_draws = 1
-    noise = scipy.special.ndtri(sobol_points(num_draws, len(loc), seed)) if len(loc) else numpy.zeros((1, 0))
+    num_draws = num_draws if len(loc) else 1
+    noise = matched_normal(num_draws, len(loc), seed) if len(loc) else numpy.zeros((1, 0))
     log_weights = numpy.full(num_draws, -math.log(num_draws))
     return ImportanceSample(loc + noise @ scale_tril.T, log_weights, -math.inf, float(num_draws), 0.0, math.nan, 0)
 
@@ -119,13 +123,56 @@ class _SplitT:
         return log_density
 
 
+@dataclass(frozen=True)
+class _Normal:
+    """A multivariate normal distribution.
+
+    :param Vector loc: ``(d,)``.
+    :param Vector tril: lower triangular, ``(d, d)``.
+    """
+
+    loc: Vector
+    tril: Vector
+
+    def draw(self, number: int, seed: int) -> Vector:
+        """Quasi-random draws, ``(S, d)``, with exactly the mean and the covariance of the distribution."""
+        draws: Vector = self.loc + matched_normal(number, len(self.loc), seed) @ self.tril.T
+        return draws
+
+    def log_density(self, draws: Vector) -> Vector:
+        """At draws ``(S, d)``, as ``(S,)``."""
+        z = numpy.linalg.solve(self.tril, (draws - self.loc).T).T
+        constant = numpy.log(numpy.diag(self.tril)).sum() + len(self.loc) / 2 * math.log(2 * math.pi)
+        log_density: Vector = -(z**2).sum(-1) / 2 - constant
+        return log_density
+
+
+def matched_normal(number: int, dim: int, seed: int) -> Vector:
+    """Return quasi-random standard normal points ``(S, d)`` whose mean is zero and whose covariance is the identity.
+
+    :param int number: ``S``, above ``d``.
+    :param int dim: ``d``.
+    :param int seed: of the points.
+    """
+    points = scipy.special.ndtri(sobol_points(number, dim, seed))
+    points = points - points.mean(0)
+    factor = numpy.linalg.cholesky(points.T @ points / number)
+    matched: Vector = numpy.linalg.solve(factor, points.T).T
+    return matched
+
+
 @dataclass
 class _Mixture:
     """The proposals so far, with what was found at their draws; one of each for each round."""
 
-    proposals: list[_SplitT] = field(default_factory=list)
+    proposals: list[_Normal | _SplitT] = field(default_factory=list)
     draws: list[Vector] = field(default_factory=list)
     values: list[Vector] = field(default_factory=list)
+
+    @property
+    def is_normal(self) -> bool:
+        """Whether no proposal was a t."""
+        return all(isinstance(proposal, _Normal) for proposal in self.proposals)
 
     def log_density(self, draws: Vector) -> Vector:
         """Of the mixture, each proposal with the weight of its draws."""
@@ -160,11 +207,13 @@ class _Mixture:
         """The standard error of the worst moment: what the sets pull it by, each on its own."""
         scale = numpy.sqrt(numpy.diag(found.covariance()).clip(min=numpy.finfo(float).tiny))
         z = (found.draws - found.mean()) / scale
-        pulls = found.weights[:, None] * numpy.concatenate([z, (z**2 - 1) / 2], axis=1)
+        # Equal weights would pull nothing where the draws have the moments of their proposal.
+        known = 1 / len(z) if self.is_normal else 0.0
+        pulls = (found.weights - known)[:, None] * numpy.concatenate([z, (z**2 - 1) / 2], axis=1)
         # Parts of the sequence of each round, the same part of all rounds together.
         sets = numpy.concatenate([numpy.arange(len(own)) * _SETS // len(own) for own in self.draws])
         sums = numpy.array([pulls[sets == one].sum(0) for one in range(_SETS)])
-        error: float = numpy.sqrt((sums**2).sum(0) * _SETS / (_SETS - 1)).max()
+        error: float = (sums.std(0, ddof=1) * _SETS**0.5).max()
         return error
 
 
@@ -206,8 +255,9 @@ class ImportanceSampler:
         if len(loc) == 0:
             value = float(log_density(numpy.zeros((1, 0)))[0])
             return ImportanceSample(numpy.zeros((1, 0)), numpy.zeros(1), -math.inf, 1.0, 0.0, value, 0)
-        first = _split(log_density, loc, scale_tril)
-        mixture, proposal, number = _Mixture(), first, self.num_draws
+        mixture, number = _Mixture(), max(self.num_draws, 2 ** math.ceil(math.log2(_EACH * len(loc))))
+        proposal: _Normal | _SplitT = _Normal(loc, scale_tril)
+        first: _SplitT | None = None
         while True:
             draws = proposal.draw(number, self.seed + 1000 * len(mixture.draws))
             mixture.proposals.append(proposal)
@@ -215,13 +265,19 @@ class ImportanceSampler:
             mixture.values.append(log_density(draws))
             found = mixture.sample()
             total = len(found.draws)
-            if total >= self.max_draws or (found.error <= self.accuracy and found.k_hat < K_GOOD):
+            good = K_GOOD if first else _K_NORMAL  # tails that are lighter than those of the density hide themselves
+            if total >= self.max_draws or (found.error <= self.accuracy and found.k_hat < good):
                 return found
+            number = min(total, self.max_draws - total)
+            if first is None and found.k_hat < _K_NORMAL and found.error < _NEARLY * self.accuracy:
+                continue
+            if first is None:
+                proposal = first = _split(log_density, loc, scale_tril)
+                continue
             fits = found.effective >= _KEPT * total and found.k_hat <= _K_KEPT
             # By turns, so that what the one leaves out is not lost with it.
             known = found.effective > 2 * len(loc)
             proposal = first if fits or not known or proposal is not first else _fitted(found, scale_tril)
-            number = min(total, self.max_draws - total)
 
 
 def _split(log_density: Callable[[Vector], Vector], loc: Vector, tril: Vector) -> _SplitT:

@@ -25,6 +25,8 @@ __all__ = ["Posterior", "gaussian_sample", "marginal_sample"]
 
 # Draws for quantiles.
 _DRAWS = 4000
+# Draws of the globals that units are averaged over: of units in all at most, but for the least.
+_AVERAGED, _LEAST = 2**20, 512
 _PROBABILITIES = (0.05, 0.5, 0.95)
 
 
@@ -40,7 +42,8 @@ class Posterior:
     :param ImportanceSample globals_: draws of the globals in unconstrained space, with weights.
     :param units: what is known of the units given the globals.
     :param int seed: of draws.
-    :param int averaged: draws of the globals, at most, over which moments of the units are averages.
+    :param int averaged: draws of the globals, at most, over which moments of the units are averages; by default all,
+        but where units are many.
 
     Example::
 
@@ -64,9 +67,9 @@ class Posterior:
     globals_: ImportanceSample
     units: UnitPosterior
     seed: int = 0
-    averaged: int = 1024
+    averaged: int | None = None
 
-    def thinned(self, averaged: int) -> Posterior:
+    def thinned(self, averaged: int | None) -> Posterior:
         """Return the same with fewer draws of the globals to average the units over."""
         return dataclasses.replace(self, averaged=averaged)
 
@@ -156,12 +159,13 @@ class Posterior:
     def _averaged(self) -> tuple[Tensor, Tensor]:
         """Draws of the globals ``(S, d)`` that the units are averaged over, and their weights."""
         globals_, weights = self._weighted()
-        if len(globals_) <= self.averaged:
+        averaged = self.averaged or max(_LEAST, _AVERAGED // max(self.gaussian.local_loc.numel(), 1))
+        if len(globals_) <= averaged:
             return globals_, weights
-        equal = weights.new_full((self.averaged,), 1 / self.averaged)
+        equal = weights.new_full((averaged,), 1 / averaged)
         if not numpy.ptp(self.globals_.log_weights):
-            return globals_[: self.averaged], equal  # the first of a quasi-random sequence are balanced
-        return self._resampled(self.averaged, torch.Generator().manual_seed(self.seed)), equal
+            return globals_[:averaged], equal  # the first of a quasi-random sequence are balanced
+        return self._resampled(averaged, torch.Generator().manual_seed(self.seed)), equal
 
     @cached_property
     @torch.no_grad()
@@ -188,7 +192,7 @@ class Posterior:
         """Weights and constrained values ``(S Q, ...)`` of the local sites, at points of the units."""
         layout = self.gaussian.unit_model.layout
         globals_, weights = self._averaged()
-        chunk = max(1, self.units.chunk() // 2)
+        chunk = self.units.chunk()
         for some, weight in zip(globals_.split(chunk), weights.split(chunk), strict=True):
             points, log_shares = self.units.points(some)
             values = self.gaussian.constrained(some.repeat_interleave(points.shape[1], 0), points.flatten(0, 1))
@@ -212,6 +216,7 @@ def marginal_sample(integrals: UnitIntegrals, rule: UnitRule, gaussian: LaplaceG
     :param int seed: of the draws.
     """
     points = rule.points(gaussian.local_loc.shape[1], gaussian.global_loc)
+    integrals = integrals.loose() if len(points.points) > 1 else integrals
     nested = NestedUnits(gaussian, integrals)
 
     def log_density(draws: Vector) -> Vector:

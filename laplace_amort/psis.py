@@ -13,8 +13,9 @@ __all__ = ["K_GOOD", "Smoothed", "pareto_smoothed"]
 
 # Shape of the tail above which importance weights say nothing reliable, by the reference below.
 K_GOOD = 0.7
-# Weights that a Pareto tail is fitted to, at least.
-_TAIL = 5
+# Weights that a Pareto tail is fitted to, at least; and logarithms that differ by less, perhaps by rounding errors,
+# count as the same.
+_TAIL, _SAME = 5, 1e-3
 
 
 class Smoothed(NamedTuple):
@@ -66,7 +67,7 @@ def _smoothed_row(row: Vector, smooth: Callable[[Vector], tuple[Vector, float]])
     tail = numpy.sort(ratios)[-max(_TAIL, len(row) // 5 - 1) :]
     if len(row) // 5 < _TAIL or not numpy.isfinite(largest):
         return plain, numpy.inf
-    if tail[-1] - tail[0] < 1e-12:
+    if numpy.ptp(ratios) < _SAME or tail[-1] - tail[0] < _SAME**4:
         return plain, -numpy.inf
     with numpy.errstate(all="ignore"):
         log_weights, k_hat = smooth(ratios)

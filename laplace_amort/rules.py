@@ -36,6 +36,8 @@ __all__ = [
 
 # Dimensions, and points, up to which a grid is taken without being asked for.
 GRID_DIM, _MOST = 3, 1000
+# Points of one rule along a line, beyond which their weights underflow; and of one panel of several side by side.
+_ALONG, _PANEL = 257, 64
 
 
 class Points(NamedTuple):
@@ -120,8 +122,8 @@ class GaussHermite:
     num_points: int = 9
 
     def __post_init__(self) -> None:
-        if self.num_points < 1:
-            raise ValueError(f"num_points must be at least 1, got {self.num_points}")
+        if not 1 <= self.num_points <= _ALONG:
+            raise ValueError(f"num_points must be between 1 and {_ALONG}, got {self.num_points}")
 
     def points(self, local_dim: int, like: Tensor) -> Points:
         """Return the grid."""
@@ -138,10 +140,10 @@ class GaussHermite:
 
     def finer(self, local_dim: int) -> UnitRule:
         """Return nearly twice as many points along each dimension, or where these are too many another rule."""
-        num_points = 2 * self.num_points - 1
+        num_points = max(3, 2 * self.num_points - 1)
         if local_dim <= GRID_DIM and num_points**local_dim <= _MOST:
             return GaussHermite(num_points)
-        return StudentPoints(max(256, self.num_points**local_dim))
+        return StudentPoints(min(max(256, self.num_points**local_dim), _MOST))
 
 
 @dataclass(frozen=True)
@@ -167,20 +169,22 @@ class StudentPoints:
     """
 
     num_points: int = 256
-    df: float = 8.0
+    df: float = 4.0
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.num_points < 1:
             raise ValueError(f"num_points must be at least 1, got {self.num_points}")
-        if not self.df > 0:
-            raise ValueError(f"df must be positive, got {self.df}")
+        if not 0 < self.df < math.inf:
+            raise ValueError(f"df must be positive and finite, got {self.df}")
 
     def points(self, local_dim: int, like: Tensor) -> Points:
         """Return the points."""
         if local_dim == 1:  # Gauss and Legendre's rule, on the scale of probabilities
-            nodes, weights = numpy.polynomial.legendre.leggauss(self.num_points)
-            uniform, probs = (nodes[:, None] + 1) / 2, weights / weights.sum()
+            panels = math.ceil(self.num_points / _PANEL)
+            nodes, weights = numpy.polynomial.legendre.leggauss(math.ceil(self.num_points / panels))
+            uniform = ((numpy.arange(panels)[:, None] + (nodes + 1) / 2) / panels).reshape(-1, 1)
+            probs = numpy.tile(weights / weights.sum() / panels, panels)
         else:
             num_points = 2 ** math.ceil(math.log2(self.num_points))
             uniform = sobol_points(num_points, local_dim + 1, self.seed)

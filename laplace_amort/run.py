@@ -58,6 +58,7 @@ class Run:
         self.target, self.journal, self.seed, self.bar = target, journal, seed, bar
         self.history: list[Step] = []
         self.timings: dict[str, float] = {}
+        self._settled: dict[bytes, tuple[Any, list[str]]] = {}
         self._best: Maximum | None = None
         self._best_of: tuple[str, int] = "", 0  # the stage and draws that it is the best of
 
@@ -98,6 +99,20 @@ class Run:
             return Maximum(point, nothing, FitStatus.INTERRUPTED, math.inf)
         self.target.move(self._best.point)
         return self._best
+
+    def settle(self, maximum: Maximum, objective: Any, notes: list[str]) -> None:
+        """Keep which objective one that tries several has ended with, and what is to be said of that.
+
+        :param Maximum maximum: where it ended.
+        :param objective: which of several it is the maximum of.
+        :param list notes: sentences.
+        """
+        self._settled[maximum.point.tobytes()] = objective, notes
+
+    def settled(self, maximum: Maximum, objective: Any) -> tuple[Any, list[str]]:
+        """Return what :meth:`settle` kept of a maximum, or the objective itself."""
+        kept: tuple[Any, list[str]] = self._settled.get(maximum.point.tobytes(), (objective, []))
+        return kept
 
     @property
     def num_draws(self) -> int:

@@ -5,6 +5,7 @@ Each gives weighted points, for moments, and draws.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -14,14 +15,16 @@ from torch import Tensor
 
 from laplace_amort import blocks
 from laplace_amort.conditionals import Conditionals, UnitIntegrals
+from laplace_amort.coordinates import Vector
 from laplace_amort.family import LaplaceGaussian
-from laplace_amort.rules import GRID_DIM, GaussHermite, StudentPoints, UnitRule, student_log_density, student_points
+from laplace_amort.rules import GRID_DIM, GaussHermite, StudentPoints, UnitRule
 
 __all__ = ["LinearUnits", "NestedUnits", "UnitPosterior", "WeightedPoints", "WeightedUnits"]
 
 # Points from which one draw of a unit is chosen: of one dimension, and of more.
 _CANDIDATES = 16, 64
-_DF = 8.0
+# Degrees of freedom at which a t is a normal.
+_NORMAL_DF = 1e6
 
 
 class WeightedPoints(NamedTuple):
@@ -49,7 +52,7 @@ class UnitPosterior(Protocol):
 
 
 def _normal_rule(local_dim: int) -> UnitRule:
-    return GaussHermite(9 if local_dim <= 2 else 5) if local_dim <= GRID_DIM else StudentPoints(128, df=1e6)
+    return GaussHermite((9, 7, 5)[local_dim - 1]) if local_dim <= GRID_DIM else StudentPoints(128, df=_NORMAL_DF)
 
 
 @dataclass(frozen=True)
@@ -135,36 +138,57 @@ class WeightedUnits(NestedUnits):
         there = self.conditionals(globals_)
         points, log_density = self._candidates(there, generator)
         candidates = there.at(points)
-        log_ratios = self.integrals.density.units_at(globals_, candidates) - log_density
+        density, chunk = self.integrals.density, self.integrals.density.chunk(candidates.shape[1])
+        pairs = zip(globals_.split(chunk), candidates.split(chunk), strict=True)
+        log_ratios = torch.cat([density.units_at(*pair) for pair in pairs]) - log_density
         uniform = torch.rand(log_ratios[:, :1].shape, generator=generator, dtype=torch.float64).to(log_ratios)
         below = log_ratios.softmax(1).cumsum(1) < uniform
         chosen = below.sum(1, keepdim=True).clamp(max=len(log_ratios[0]) - 1)
         return candidates.gather(1, chosen.unsqueeze(-1).expand(-1, -1, -1, candidates.shape[-1])).squeeze(1)
 
+    def conditionals(self, globals_: Tensor) -> Conditionals:
+        """Return modes and curvatures at globals ``(S, d)``, as exact as points around them need be."""
+        return self.integrals.loose().conditionals(globals_, self.start(globals_))
+
     def chunk(self) -> int:
         """See :class:`UnitPosterior`."""
         num_points = len(self.rule.points(self.gaussian.local_loc.shape[1], self.gaussian.global_loc).points)
-        return self.integrals.density.chunk(max(num_points, *_CANDIDATES))
+        return self.integrals.density.chunk(num_points)
 
     def _candidates(self, there: Conditionals, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Points ``(S, M, N, k)`` of a t distribution, evenly spread but shifted at random; and their log density."""
         s, n, k = there.mode.shape
-        number = _CANDIDATES[k > 1]
-        grid = _lattice(number, k + (k > 1))
+        grid = torch.from_numpy(_lattice(_CANDIDATES[k > 1], k + (k > 1)))
         shift = torch.rand(s, 1, n, grid.shape[-1], generator=generator, dtype=torch.float64)
-        uniform = (torch.from_numpy(grid)[:, None] + shift).remainder(1.0).clamp(1e-9, 1 - 1e-9).numpy()
-        points = student_points(uniform, _DF)
-        log_density = student_log_density(points, _DF)
-        return torch.from_numpy(points).to(there.mode), torch.from_numpy(log_density).to(there.mode)
+        uniform = (grid[:, None] + shift).remainder(1.0).clamp(1e-9, 1 - 1e-9).to(there.mode)
+        points = _t2_points(uniform)
+        return points, _t2_log_density(points)
 
 
-def _lattice(number: int, dim: int) -> numpy.ndarray:
+def _lattice(number: int, dim: int) -> Vector:
     """Evenly spread points of the unit cube, ``(M, dim)``: with steps that are powers of a generalized golden ratio."""
     ratio = 2.0
     for _ in range(60):  # x^(dim + 1) = x + 1
         ratio = (1 + ratio) ** (1 / (dim + 1))
     steps = ratio ** -numpy.arange(1.0, dim + 1) if dim > 1 else numpy.array([1 / number])
-    return (numpy.arange(number)[:, None] * steps) % 1
+    points: Vector = (numpy.arange(number)[:, None] * steps) % 1
+    return points
+
+
+def _t2_points(uniform: Tensor) -> Tensor:
+    """Points of a t distribution of two degrees of freedom, whose quantiles are elementary, as ``(*, k)``.
+
+    :param Tensor uniform: a coordinate for each dimension, and one for the common scale if there are several.
+    """
+    if uniform.shape[-1] == 1:
+        return (2 * uniform - 1) * (2 * uniform * (1 - uniform)).rsqrt()
+    return torch.special.ndtri(uniform[..., :-1]) * (-torch.log(uniform[..., -1:])).rsqrt()
+
+
+def _t2_log_density(points: Tensor) -> Tensor:
+    k = points.shape[-1]
+    constant = math.lgamma(1 + k / 2) - k / 2 * math.log(2 * math.pi)
+    return constant - (1 + k / 2) * torch.log1p((points**2).sum(-1) / 2)
 
 
 def _normal_points(there: Conditionals) -> WeightedPoints:

@@ -69,6 +69,7 @@ LAYERS = {
     "objectives": 5,
     "posterior": 5,
     "comparison": 5,
+    "ladder": 5,
     "consistency": 5,
     "diagnostics": 5,
     "unit_bounds": 5,

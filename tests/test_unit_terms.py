@@ -233,14 +233,15 @@ def test_observations_of_many_kinds(observe, how):
 
 
 def in_two_coordinates(y):
-    """Each observation sees one of the two, a third visit to the same unit both."""
+    """Some observations see one of the two, others both, or their difference, whose derivatives cancel."""
     pyro.sample("first", dist.Normal(y[..., UNIT, 0], 0.7), obs=Z)
     pyro.sample("second", dist.Normal(y[..., UNIT.flip(0), 1].exp(), 0.7), obs=Z)
+    pyro.sample("difference", dist.Normal(y[..., UNIT, 0] - y[..., UNIT, 1], 0.7), obs=Z)
     pyro.factor("both", -((y[..., 3, 0] * y[..., 3, 1] - 1) ** 2))
 
 
 @pytest.mark.parametrize("how", ["live", "recorded"])
-def test_observations_of_one_of_two_coordinates(how):
+def test_observations_of_one_coordinate_or_of_their_difference(how):
     case = apart(in_two_coordinates, 5, lambda mu: dist.Normal(mu, 1.0).expand([2]).to_event(1), local_dim=2)
     unit_model, density = taken_apart(case, how)
     point = point_of(case)
