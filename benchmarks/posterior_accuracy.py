@@ -41,6 +41,7 @@ from laplace_amort import (
     FixedDrawELBO,
     GaussHermite,
     JointCurvature,
+    Ladder,
     MarginalCurvature,
     MarginalLaplace,
     MarginalQuadrature,
@@ -59,6 +60,7 @@ RUNGS: dict[str, tuple[Objective, Head]] = {
     "marginal Laplace": (MarginalLaplace(), JointCurvature()),
     "quadrature": (MarginalQuadrature(GaussHermite(9)), JointCurvature()),
     "importance": (MarginalQuadrature(StudentPoints(256)), JointCurvature()),
+    "ladder": (Ladder(), JointCurvature()),
 }
 POISSON = {f"poisson_{units}": units for units in (100, 2000, 100_000)}
 GLOBAL, LOCAL = "global", "local"

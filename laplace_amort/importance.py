@@ -240,7 +240,7 @@ class ImportanceSampler:
     Statistics 39(4), https://arxiv.org/abs/0907.1254
     """
 
-    accuracy: float = 0.03
+    accuracy: float = 0.04
     num_draws: int = 128
     max_draws: int = 8192
     seed: int = 0

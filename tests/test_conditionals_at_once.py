@@ -210,12 +210,9 @@ UNUSED = {
     "but beside the units' latents": (lambda theta, y: y.new_zeros(()), lambda theta, y: theta.sum() - y[:, 0] ** 2),
     "anywhere": (lambda theta, y: y.new_zeros(()), lambda theta, y: -(y[:, 0] ** 2) / 2),
 }
-FAILS = pytest.mark.xfail(reason="autograd.grad of what does not depend on the globals", strict=True)
 
 
-@pytest.mark.parametrize(
-    "where", [pytest.param(name, marks=FAILS if name in list(UNUSED)[2:] else ()) for name in UNUSED]
-)
+@pytest.mark.parametrize("where", UNUSED)
 def test_globals_that_are_not_used(where):
     """The evidence is that of normal densities, whatever the globals."""
     globals_ = normals(2, 2)

@@ -196,7 +196,9 @@ def error(rule, density, local_dim):
 def typical_error(num_points, density, local_dim):
     """Over several sets of points, where there are several."""
     seeds_ = range(1 if local_dim == 1 else 8)
-    return math.sqrt(numpy.mean([error(StudentPoints(num_points, seed=s), density, local_dim) ** 2 for s in seeds_]))
+    return math.sqrt(
+        numpy.mean([error(StudentPoints(num_points, df=8.0, seed=s), density, local_dim) ** 2 for s in seeds_])
+    )
 
 
 @pytest.mark.parametrize("name", DENSITIES)
@@ -256,7 +258,6 @@ def test_which_rule_is_finer(rule, local_dim, expected):
     assert rule.finer(local_dim) == expected
 
 
-@pytest.mark.xfail(reason="2 * 1 - 1 = 1: one point is as fine as one point", strict=True)
 @pytest.mark.parametrize("local_dim", [1, 3])
 def test_a_grid_of_one_point_has_a_finer_one(local_dim):
     assert GaussHermite(1).finer(local_dim) != GaussHermite(1)
@@ -327,13 +328,13 @@ def test_values_that_overflow_alone_do_not_matter():
 @pytest.mark.parametrize("make", [GaussHermite, StudentPoints])
 @pytest.mark.parametrize("num_points", [0, -3])
 def test_rules_without_points_are_refused(make, num_points):
-    with pytest.raises(ValueError, match=f"num_points must be at least 1, got {num_points}"):
+    with pytest.raises(ValueError, match=f"num_points must be .*, got {num_points}"):
         make(num_points)
 
 
 @pytest.mark.parametrize("df", [0.0, -1.0, math.nan])
 def test_degrees_of_freedom_that_are_not_positive_are_refused(df):
-    with pytest.raises(ValueError, match=f"df must be positive, got {df}"):
+    with pytest.raises(ValueError, match=f"df must be positive and finite, got {df}"):
         StudentPoints(8, df=df)
 
 

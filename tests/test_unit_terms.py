@@ -312,8 +312,8 @@ def far_apart(errors, dtype):
     [
         (torch.float64, 1e-4),
         (torch.float32, 0.1),
-        pytest.param(torch.float64, 1e-9, marks=pytest.mark.xfail(reason="taken for shared", strict=True)),
-        pytest.param(torch.float32, 1e-3, marks=pytest.mark.xfail(reason="taken for shared", strict=True)),
+        (torch.float64, 1e-9),
+        (torch.float32, 1e-3),
     ],
 )
 def test_observations_of_very_different_precision(dtype, least):
@@ -324,9 +324,7 @@ def test_observations_of_very_different_precision(dtype, least):
     assert owners[-1].tolist() == UNIT.tolist()
 
 
-@pytest.mark.parametrize(
-    "start", [15.0, pytest.param(40.0, marks=pytest.mark.xfail(reason="taken for shared", strict=True))]
-)
+@pytest.mark.parametrize("start", [15.0, 40.0])
 def test_answers_that_are_certain_at_the_start(start):
     def observe(y):
         pyro.sample("z", dist.Bernoulli(logits=y[..., UNIT]), obs=torch.ones(6))

@@ -86,6 +86,7 @@ RIVALS: dict[str, Rival] = {
     "lme4-nAGQ9": Rival("r_rivals", "fit_lme4", {"package": "lme4", "points": 9}, _GLMM),
     "glmmTMB": Rival("r_rivals", "fit_lme4", {"package": "glmmTMB", "points": 1}, _GLMM),
     "laplace-amort MarginalLaplace": Rival("ours", "fit_marginal_laplace"),
+    "laplace-amort MarginalQuadrature": Rival("ours", "fit_quadrature", tasks=_GLMM),
     "laplace-amort ELBO": Rival("ours", "fit_elbo", {"head": "joint"}),
     "laplace-amort ELBO, marginal head": Rival("ours", "fit_elbo", {"head": "marginal"}),
 }
