@@ -28,10 +28,10 @@ _DF = 5.0
 _SETS = 8
 # Share of the draws that their effective number must be, and shape of the tail, for no other proposal to be made.
 _KEPT, _K_KEPT = 0.3, 0.4
-# The same, below which a normal proposal will do by itself.
-_K_NORMAL = 0.5
-# Times the accuracy that its error may be for more draws of it to be taken; and draws of it for each dimension.
-_NEARLY, _EACH = 3.0, 24
+# The share for a normal proposal to do by itself: its tails hide from the error and from k-hat what they leave out.
+_NEAR_NORMAL = 0.95
+# Draws of the first round for each dimension.
+_EACH = 24
 # Standard deviations from the mode where the density is looked at along each axis, and by what factors the scale of a
 # half may differ from that of the curvature.
 _LOOKED = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -213,7 +213,7 @@ class _Mixture:
         # Parts of the sequence of each round, the same part of all rounds together.
         sets = numpy.concatenate([numpy.arange(len(own)) * _SETS // len(own) for own in self.draws])
         sums = numpy.array([pulls[sets == one].sum(0) for one in range(_SETS)])
-        error: float = (sums.std(0, ddof=1) * _SETS**0.5).max()
+        error = float((sums.std(0, ddof=1) * _SETS**0.5).max())
         return error
 
 
@@ -240,7 +240,7 @@ class ImportanceSampler:
     Statistics 39(4), https://arxiv.org/abs/0907.1254
     """
 
-    accuracy: float = 0.04
+    accuracy: float = 1 / 30
     num_draws: int = 128
     max_draws: int = 8192
     seed: int = 0
@@ -265,12 +265,10 @@ class ImportanceSampler:
             mixture.values.append(log_density(draws))
             found = mixture.sample()
             total = len(found.draws)
-            good = K_GOOD if first else _K_NORMAL  # tails that are lighter than those of the density hide themselves
-            if total >= self.max_draws or (found.error <= self.accuracy and found.k_hat < good):
+            covered = first is not None or found.effective >= _NEAR_NORMAL * total
+            if total >= self.max_draws or (covered and found.error <= self.accuracy and found.k_hat < K_GOOD):
                 return found
             number = min(total, self.max_draws - total)
-            if first is None and found.k_hat < _K_NORMAL and found.error < _NEARLY * self.accuracy:
-                continue
             if first is None:
                 proposal = first = _split(log_density, loc, scale_tril)
                 continue

@@ -47,7 +47,7 @@ def _constrained_draws(gaussian: LaplaceGaussian) -> dict[str, Tensor]:
     uniform = engine.draw(_DRAWS, dtype=torch.float64).clamp(1e-12, 1 - 1e-12)
     deviation = torch.special.ndtri(uniform).to(gaussian.global_loc) @ gaussian.precision.global_scale_tril.mT
     values = gaussian.constrained_globals(gaussian.global_loc + deviation)
-    return {name: value.flatten(1) for name, value in values.items()}
+    return {name: value.reshape(len(value), -1) for name, value in values.items()}
 
 
 def summary_lines(result: Any) -> list[str]:

@@ -9,9 +9,8 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from fit_models import gaussian, guide_for, poisson, poisson_counts, subsampled
+from fit_models import gaussian, guide_for, poisson, poisson_counts
 from pyro import poutine
-from unit_models import UNIT_MODELS
 
 from laplace_amort import (
     FitStatus,
@@ -21,7 +20,6 @@ from laplace_amort import (
     Level,
     MarginalLaplace,
     MarginalQuadrature,
-    Stochastic,
     StudentPoints,
     TrustRegion,
     diagnose,
@@ -77,13 +75,6 @@ def one_answer(z):
         pyro.sample("z", dist.Bernoulli(logits=y), obs=z)
 
 
-def factored(z):
-    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
-    with pyro.plate("units", len(z)):
-        y = pyro.sample("y", dist.Normal(mu, 1.0))
-        pyro.factor("z", -((z - y) ** 2) / 2)
-
-
 def fitted(model, *args, objective=MarginalQuadrature(), **options):  # noqa: B008 (never changes)
     return fit(model, guide_for(model), *args, objective=objective, **options)
 
@@ -101,14 +92,16 @@ def level(diagnosis, name):
     return finding(diagnosis, name).level
 
 
-def followed(result, diagnosis, model, args, **scope):
+def followed(diagnosis, model, args):
     """What the line of advice returns."""
     guide = guide_for(model)
     names = {"fit": fit, "MarginalQuadrature": MarginalQuadrature, "GaussHermite": GaussHermite}
-    return eval(diagnosis.advice, names | {"StudentPoints": StudentPoints, "model": model, "guide": guide, "args": args})
+    return eval(
+        diagnosis.advice, names | {"StudentPoints": StudentPoints, "model": model, "guide": guide, "args": args}
+    )
 
 
-# ------------------------------------------------------------------------------------------------------ planted failures
+# ----------------------------------------------------------------------------------------------------- planted failures
 
 
 def test_units_with_two_modes():
@@ -129,7 +122,7 @@ def test_the_same_units_with_one():
 def test_funnel_of_eight_schools():
     """The joint curvature knows nothing of the neck, which the marginal density integrates over."""
     guide = guide_for(schools, head=JointCurvature())
-    found = diagnose(fit(schools, guide, *SCHOOLS, objective=FixedDrawELBO()), simulations=25, progress=False)
+    found = diagnose(fit(schools, guide, *SCHOOLS, objective=FixedDrawELBO()), simulations=0)
     assert level(found, "error, globals") is Level.BAD
     assert "tau" in finding(found, "error, globals").sentence
     assert not found.ok
@@ -138,14 +131,13 @@ def test_funnel_of_eight_schools():
 
 @pytest.mark.parametrize("objective", [MarginalLaplace(), MarginalQuadrature()], ids=["Laplace", "quadrature"])
 def test_eight_schools_by_marginal_densities(objective):
-    found = diagnosed(schools, *SCHOOLS, objective=objective)
+    found = diagnosed(schools, *SCHOOLS, objective=objective, simulations=12)
     assert found.ok, found
     assert level(found, "error, globals") is Level.GOOD
 
 
-@pytest.mark.parametrize("objective", [MarginalLaplace(), MarginalQuadrature()], ids=["Laplace", "quadrature"])
-def test_wrong_weight(objective):
-    found = diagnosed(weighted, poisson_counts().double(), 5.0, objective=objective)
+def test_wrong_weight():
+    found = diagnosed(weighted, poisson_counts().double(), 5.0, objective=MarginalLaplace())
     assert level(found, "simulated scores") is Level.BAD
     assert not found.ok
     assert "poutine.scale" in finding(found, "simulated scores").sentence
@@ -179,22 +171,21 @@ def test_laplace_of_one_answer_each_and_what_to_do():
     before = diagnose(result, simulations=25, progress=False)
     assert level(before, "error, globals") > Level.UNKNOWN
     assert "GaussHermite(num_points=9)" in before.advice
-    after = diagnose(followed(result, before, one_answer, (ANSWERS,)), simulations=25, progress=False)
+    after = diagnose(followed(before, one_answer, (ANSWERS,)), simulations=25, progress=False)
     assert level(after, "error, globals") is Level.GOOD
     assert after.ok, after
     assert after.level < before.level
 
 
 def test_fit_that_did_not_converge():
-    result = fitted(
-        poisson, poisson_counts(15).double(), objective=MarginalLaplace(), optimizer=TrustRegion(max_steps=2)
-    )
+    few = TrustRegion(max_steps=2)
+    result = fitted(poisson, poisson_counts(6).double(), objective=MarginalLaplace(), optimizer=few)
     found = diagnose(result, simulations=0)
     assert result.status is FitStatus.MAX_STEPS
     assert level(found, "convergence") is Level.BAD
     assert not found.ok
     assert "raise max_steps" in finding(found, "convergence").sentence
-    again = followed(result, found, poisson, (poisson_counts(15).double(),))
+    again = followed(found, poisson, (poisson_counts(6).double(),))
     assert again.status.ok
 
 
@@ -212,92 +203,13 @@ NAMES = ["convergence", "repair, globals", "repair, units", "k-hat, globals", "e
 NAMES += ["skewness, units", "k-hat, units", "second start", "simulated scores"]
 
 
-@pytest.mark.parametrize("objective", [FixedDrawELBO(), MarginalLaplace(), MarginalQuadrature()], ids=type)
+@pytest.mark.parametrize("objective", [FixedDrawELBO(), MarginalLaplace(), MarginalQuadrature()], ids=repr)
 def test_gaussian_model_passes_everything(objective):
     found = diagnosed(gaussian, Z, objective=objective)
     assert {one.level for one in found.findings} == {Level.GOOD}, found
     assert [one.name for one in found.findings if one.name != "k-hat, correction"] == NAMES
     assert found.verdict.startswith("It fits")
     assert not found.advice
-
-
-def test_units_of_five_dimensions():
-    case = UNIT_MODELS["dim_minus_three"]()
-    found = diagnosed(case.model, *case.args, objective=MarginalLaplace())
-    assert found.ok, found
-    assert "StudentPoints" in finding(found, "error, units").sentence
-
-
-def test_without_simulations():
-    found = diagnosed(gaussian, Z, simulations=0)
-    assert [one.name for one in found.findings] == NAMES[:-1]
-
-
-def test_factor_as_the_likelihood():
-    """No data can be drawn; all else is looked at."""
-    found = diagnosed(factored, Z)
-    assert [one.name for one in found.findings] == NAMES
-    assert level(found, "simulated scores") is Level.UNKNOWN
-    assert "pyro.factor" in finding(found, "simulated scores").sentence
-    assert found.ok
-
-
-def test_too_few_simulations():
-    found = diagnosed(gaussian, Z, simulations=2)
-    assert level(found, "simulated scores") is Level.UNKNOWN
-    assert "take at least 3" in finding(found, "simulated scores").sentence
-
-
-def test_minibatches():
-    """What needs all units is not known, and what is known stays."""
-    few = Stochastic(window=20, max_steps=40, lr=0.2)
-    result = fit(subsampled, guide_for(subsampled), poisson_counts(12)[0].double(), 4, optimizer=few)
-    found = diagnose(result)
-    assert [one.name for one in found.findings] == [*NAMES[:3], "units"]
-    assert level(found, "units") is Level.UNKNOWN
-    assert "minibatches" in finding(found, "units").sentence
-
-
-@pytest.mark.xfail(strict=True, reason="advises MarginalQuadrature, which refuses minibatches")
-def test_advice_for_minibatches_is_one_that_they_can_follow():
-    few = Stochastic(window=20, max_steps=40, lr=0.2)
-    result = fit(subsampled, guide_for(subsampled), poisson_counts(12)[0].double(), 4, optimizer=few)
-    assert "MarginalQuadrature" not in diagnose(result).advice
-
-
-@pytest.mark.parametrize("objective", [MarginalLaplace(), MarginalQuadrature()], ids=["Laplace", "quadrature"])
-def test_single_precision(objective):
-    torch.set_default_dtype(torch.float32)
-    result = fitted(poisson, poisson_counts(30), objective=objective)
-    assert result.guide.loc.dtype is torch.float32
-    found = diagnose(result, simulations=25, progress=False)
-    assert found.ok, found
-
-
-# ----------------------------------------------------------------------------------------------------------- no globals
-
-
-def test_no_globals():
-    case = UNIT_MODELS["without_globals"]()
-    found = diagnosed(case.model, *case.args, objective=MarginalLaplace())
-    assert finding(found, "error, globals").sentence == "there are none"
-    assert finding(found, "simulated scores").sentence == "there are no globals"
-    assert level(found, "k-hat, globals") is Level.GOOD
-
-
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="QuasiNewton with a point of no elements")
-def test_advice_without_globals_runs():
-    case = UNIT_MODELS["without_globals"]()
-    result = fitted(case.model, *case.args, objective=MarginalLaplace())
-    found = diagnose(result)
-    assert diagnose(followed(result, found, case.model, case.args)).ok
-
-
-@pytest.mark.xfail(strict=True, reason="equal weights of draws of nothing have an infinite k-hat")
-def test_guide_without_globals_covers_them():
-    case = UNIT_MODELS["without_globals"]()
-    found = diagnosed(case.model, *case.args, objective=FixedDrawELBO())
-    assert level(found, "k-hat, globals") is Level.GOOD
 
 
 # -------------------------------------------------------------------------------------------------------------- for use

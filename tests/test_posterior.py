@@ -11,11 +11,10 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import scipy.integrate
-import scipy.special
 import scipy.stats
 import torch
 from fit_models import evidence, gaussian, guide_for, poisson, poisson_counts
-from posterior_helpers import LIMIT, assert_moments_of_draws, fitted, joined, posterior_of
+from posterior_helpers import LIMIT, assert_moments_of_draws, brute_force, fitted, joined, posterior_of
 from unit_models import UNIT_MODELS
 
 from laplace_amort import (
@@ -77,29 +76,6 @@ def test_draws_of_units_and_globals_belong_together(objective):
     products = standardized.unsqueeze(-1) * standardized.unsqueeze(-2) - torch.eye(1 + len(Z))
     for terms in (conditional, products.flatten(1)):
         assert (terms.mean(0).abs() < LIMIT * terms.std(0) / 20_000**0.5).all()
-
-
-def brute_force(z, size=101, points=501):
-    """Moments of the hierarchy of counts by sums over a grid of the globals, and over each unit at each of these."""
-    mu, log_tau = numpy.meshgrid(numpy.linspace(-9, 9, size), numpy.linspace(-6, 4.2, size), indexing="ij")
-    tau, t = numpy.exp(log_tau), numpy.linspace(-7, 7, points)
-    y = mu[..., None] + tau[..., None] * t
-    log_density = scipy.stats.norm.logpdf(mu, 0, 3) + scipy.stats.norm.logpdf(log_tau, 0, 1)
-    firsts, seconds = [mu, tau], [mu**2, tau**2]
-    for counts in z.T.numpy():
-        terms = scipy.stats.norm.logpdf(t) + counts.sum() * y - 3 * numpy.exp(y)
-        terms -= scipy.special.gammaln(counts + 1).sum()
-        largest = terms.max(-1, keepdims=True)
-        weights = numpy.exp(terms - largest)
-        total = weights.sum(-1)
-        log_density = log_density + largest[..., 0] + numpy.log(total * (t[1] - t[0]))
-        firsts.append((weights * y).sum(-1) / total)
-        seconds.append((weights * y**2).sum(-1) / total)
-    log_total = scipy.special.logsumexp(log_density)
-    weights = numpy.exp(log_density - log_total)
-    mean, square = ([float((weights * part).sum()) for part in parts] for parts in (firsts, seconds))
-    cell = (mu[1, 0] - mu[0, 0]) * (log_tau[0, 1] - log_tau[0, 0])
-    return torch.tensor(mean), (torch.tensor(square) - torch.tensor(mean) ** 2).sqrt(), log_total + math.log(cell)
 
 
 def test_brute_force_on_three_units():
