@@ -53,8 +53,11 @@ def _worst(sites: dict[str, list[Tensor]]) -> Comparison:
             continue
         fixed = true_sd <= torch.finfo(true_sd.dtype).eps * (1 + true_mean.abs())  # as the diagonal of a correlation
         scale = torch.where(fixed, torch.ones_like(true_sd), true_sd)
-        off = (((mean - true_mean) / scale).abs().masked_fill(fixed, 0.0)).reshape(-1)
-        ratio = ((sd / scale - 1).abs().masked_fill(fixed, 0.0)).reshape(-1)
+        parts = (mean - true_mean) / scale, sd / scale - 1
+        # What is no number is no agreement.
+        off, ratio = (
+            part.abs().masked_fill(fixed, 0.0).nan_to_num(nan=torch.inf, posinf=torch.inf).reshape(-1) for part in parts
+        )
         means.append(float(off.max()))
         sds.append(float(ratio.max()))
         size = off + 2 * ratio

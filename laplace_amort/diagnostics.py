@@ -31,6 +31,8 @@ _UNIT_MEAN, _UNIT_SD = (0.1, 0.3), (0.05, 0.2)
 # Newton decrement; share of units, and change of a precision, that a repair may have; share of a unit at another mode.
 _DECREMENT, _REPAIRED, _OTHER = 0.05, 0.05, (0.01, 0.05)
 _SKEWNESS = 1.0, 2.5
+# Shape of the tails of a unit; normal draws do not reach far into them, and find it smaller than it is.
+_K_UNIT = 0.5
 # Error of the moments by sampling; and p value below which scores are not zero on average.
 _OPEN, _P = (0.05, 0.15), 1e-3
 # Draws of the globals over which units are averaged in a comparison: of units in all at most, but for the least.
@@ -72,7 +74,7 @@ def diagnose(result: FitResult, *, simulations: int = 100, seed: int = 0, progre
     """
     findings = [_convergence(result), *_repairs(result)]
     if result.gaussian is None:
-        return Diagnosis(tuple(findings), "fit(..., starts=20)")
+        return Diagnosis(tuple(findings), "fit(model, guide, *args, starts=20)")
     try:
         if result.rung.target.subsamples:
             raise ModelError("the fit took minibatches, and everything else needs all units at once")
@@ -168,6 +170,8 @@ def _k_hat(name: str, found: ImportanceSample) -> Finding:
 def _k_hat_of_gaussian(result: FitResult) -> Finding:
     """The weights of draws of the globals from the Gaussian that a guide is."""
     gaussian, integrals = result.posterior.gaussian, result.rung.target.integrals
+    if not len(gaussian.global_loc):
+        return Finding("k-hat, globals", Level.GOOD, "none", "there are no globals")
     globals_ = torch.from_numpy(result.posterior.globals_.draws[:_OWN]).to(gaussian.global_loc)
     points = _next_rule(result).points(gaussian.local_loc.shape[1], globals_)
     start = NestedUnits(gaussian, integrals).start(globals_)
@@ -204,7 +208,7 @@ def _units(result: FitResult, there: Conditionals) -> Iterator[Finding]:
     units, k_hat = unit_k_hat(target.integrals, there, global_)
     worst = int(k_hat.argmax())
     heavy = int((k_hat > K_GOOD).sum())
-    level = _level(float(k_hat.max()), (K_GOOD, K_GOOD))
+    level = _level(float(k_hat.max()), (K_GOOD, K_GOOD) if follows else (_K_UNIT, K_GOOD))
     level = min(level, Level.DOUBTFUL) if follows else level
     sentence = f"worst of all {target.unit_model.describe(int(units[worst]))}"
     if heavy:
@@ -258,15 +262,21 @@ def _consistency(result: FitResult, simulations: int, seed: int, progress: bool)
 
 def _advice(result: FitResult, findings: list[Finding]) -> str:
     levels = {finding.name: finding.level for finding in findings}
-    if max(levels.values()) < Level.DOUBTFUL:
+    objective = result.rung.objective
+    if max(levels.values()) < Level.DOUBTFUL or result.rung.target.subsamples:
         return ""
-    if levels["convergence"] is Level.BAD and not isinstance(result.rung.objective, FixedDrawELBO):
-        return "fit(model, guide, *args, starts=20)"
+    if levels["convergence"] is Level.BAD and not isinstance(objective, FixedDrawELBO):
+        is_one_point = isinstance(objective, MarginalLaplace)
+        same = "MarginalLaplace()" if is_one_point else f"MarginalQuadrature({_rule(result)!r})"
+        return f"fit(model, guide, *args, objective={same}, starts=20)"
     if levels.get("second start", Level.GOOD) > Level.UNKNOWN:
         return ""
     higher = ("error, globals", "error, units", "skewness, units", "k-hat, units", "convergence")
     if any(levels.get(name, Level.GOOD) > Level.UNKNOWN for name in higher):
-        return f"fit(model, guide, *args, objective=MarginalQuadrature({_next_rule(result)!r}))"
+        rule = _next_rule(result)
+        if levels.get("k-hat, units", Level.GOOD) > Level.UNKNOWN and isinstance(rule, GaussHermite):
+            rule = StudentPoints(256)  # tails that a normal has not
+        return f"fit(model, guide, *args, objective=MarginalQuadrature({rule!r}))"
     return ""
 
 

@@ -109,7 +109,7 @@ def fit(
         run = Run(target, journal, seed, bar)
         run.add_time("set-up", time.perf_counter() - begun)
         journal.call(f"log joint {target.log_joint_at_start():.17g}", lambda: None)  # so that no other model goes on
-        if optimizer is None and target.subsamples and isinstance(objective, FixedDrawELBO):
+        if optimizer is None and target.subsamples and type(objective) is FixedDrawELBO:  # the ELBO of SVI, no other
             optimizer = Stochastic()
         if isinstance(optimizer, Stochastic):
             return _stochastic(run, optimizer, saved, args, kwargs)
@@ -268,9 +268,10 @@ def _check_arguments(model: Any, guide: Any, objective: Any, optimizer: Any, sta
             "An ELBO of Pyro's goes into the optimizer: optimizer=Stochastic(elbo=...)"
         )
     if isinstance(optimizer, Stochastic):
-        if isinstance(objective, MarginalLaplace):
+        if type(objective) is not FixedDrawELBO:
             raise TypeError(
-                "Stochastic() follows the ELBO, and MarginalLaplace() is none. Leave one of them out:\n"
+                f"Stochastic() follows the ELBO of the guide, and {type(objective).__name__}() is another objective. "
+                "Leave one of them out:\n"
                 "    fit(model, guide, *args, optimizer=Stochastic())"
             )
     elif isinstance(optimizer, type) or not isinstance(optimizer, Optimizer | None):

@@ -213,8 +213,7 @@ class _Mixture:
         # Parts of the sequence of each round, the same part of all rounds together.
         sets = numpy.concatenate([numpy.arange(len(own)) * _SETS // len(own) for own in self.draws])
         sums = numpy.array([pulls[sets == one].sum(0) for one in range(_SETS)])
-        error = float((sums.std(0, ddof=1) * _SETS**0.5).max())
-        return error
+        return float((sums.std(0, ddof=1) * _SETS**0.5).max())
 
 
 @dataclass(frozen=True)
@@ -255,7 +254,8 @@ class ImportanceSampler:
         if len(loc) == 0:
             value = float(log_density(numpy.zeros((1, 0)))[0])
             return ImportanceSample(numpy.zeros((1, 0)), numpy.zeros(1), -math.inf, 1.0, 0.0, value, 0)
-        mixture, number = _Mixture(), max(self.num_draws, 2 ** math.ceil(math.log2(_EACH * len(loc))))
+        mixture = _Mixture()
+        number = min(self.max_draws, max(self.num_draws, 2 ** math.ceil(math.log2(_EACH * len(loc)))))
         proposal: _Normal | _SplitT = _Normal(loc, scale_tril)
         first: _SplitT | None = None
         while True:
@@ -297,7 +297,10 @@ def _split(log_density: Callable[[Vector], Vector], loc: Vector, tril: Vector) -
 
 
 def _fitted(found: ImportanceSample, scale_tril: Vector) -> _SplitT:
-    """A t with the moments of what was found, in which no direction is narrower than a tenth of a scale."""
+    """A split t with the moments of what was found, in which no direction is narrower than a tenth of a scale."""
     spread = found.covariance() + 0.01 * scale_tril @ scale_tril.T
-    tril = numpy.linalg.cholesky(spread) * _WIDER * math.sqrt((_DF - 2) / _DF)
-    return _SplitT(found.mean(), tril, numpy.ones((2, len(tril))))
+    tril = numpy.linalg.cholesky(spread)
+    z, weights = numpy.linalg.solve(tril, (found.draws - found.mean()).T).T, found.weights[:, None]
+    sides = numpy.array([(z < 0) * weights, (z >= 0) * weights])
+    stretch = numpy.sqrt((sides * z**2).sum(1) / sides.sum(1).clip(min=numpy.finfo(float).tiny))
+    return _SplitT(found.mean(), tril * _WIDER * math.sqrt((_DF - 2) / _DF), stretch.clip(*_SCALES))

@@ -60,7 +60,7 @@ class Ladder:
     """The marginal density of the globals, units integrated over by as many points as it takes.
 
     It begins with one point for each unit (:class:`~laplace_amort.MarginalLaplace`) and goes on with grids of 5, 9, 17
-    and more along each dimension, or beyond three dimensions with 128 points and more, until the next rung would move
+    and more along each dimension, or beyond three dimensions with 256 points and more, until the next rung would move
     no mean and no standard deviation by more than the accuracy. The notes of the result tell what it did, and its
     posterior is that of the rung it ended on.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -110,7 +111,10 @@ class Posterior:
 
         :param quantiles: between 0 and 1.
         :param int num_samples: number of draws.
+        :raises ValueError: if one is not.
         """
+        if not all(0 <= float(probability) <= 1 for probability in quantiles):
+            raise ValueError(f"quantiles must be between 0 and 1, got {list(map(float, quantiles))}")
         draws = self.sample(num_samples)
         return {name: _quantiles(value, torch.as_tensor(quantiles).to(value)) for name, value in draws.items()}
 
@@ -135,7 +139,7 @@ class Posterior:
     def __str__(self) -> str:
         found = self.globals_
         reliable = "" if found.k_hat <= K_GOOD else f": above {K_GOOD}, do not rely on it"
-        weighted = f"k-hat of the globals {found.k_hat:.2f}{reliable}; " if math.isfinite(found.k_hat) else ""
+        weighted = f"k-hat of the globals {found.k_hat:.2f}{reliable}; " if found.k_hat > -math.inf else ""
         return (
             f"{weighted}{len(found.draws)} draws of the globals, as good as {found.effective:.0f} equal ones; error of "
             f"their moments {found.error:.2g}\n\n{self.summary()}"
@@ -172,7 +176,7 @@ class Posterior:
     def _moments(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         center = self.gaussian.median()
         moments = {name: (torch.zeros_like(value), torch.zeros_like(value)) for name, value in center.items()}
-        for weights, values in (self._weighted_globals(), *self._weighted_units()):
+        for weights, values in itertools.chain([self._weighted_globals()], self._weighted_units()):
             for name, value in values.items():
                 deviation = value - center[name]  # so that squares of small spreads have digits left
                 weighted = weights[name].reshape(weights[name].shape + (1,) * (value.dim() - weights[name].dim()))

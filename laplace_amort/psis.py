@@ -64,13 +64,16 @@ def _smoothed_row(row: Vector, smooth: Callable[[Vector], tuple[Vector, float]])
         else numpy.zeros_like(row)
     )
     plain = ratios - numpy.log(numpy.exp(ratios).sum())
-    tail = numpy.sort(ratios)[-max(_TAIL, len(row) // 5 - 1) :]
+    tail = numpy.sort(ratios)[-_TAIL:]
     if len(row) // 5 < _TAIL or not numpy.isfinite(largest):
         return plain, numpy.inf
     if numpy.ptp(ratios) < _SAME or tail[-1] - tail[0] < _SAME**4:
         return plain, -numpy.inf
-    with numpy.errstate(all="ignore"):
-        log_weights, k_hat = smooth(ratios)
+    try:
+        with numpy.errstate(all="ignore"):
+            log_weights, k_hat = smooth(ratios)
+    except ValueError:  # a tail of weights that are all the same
+        return plain, -numpy.inf
     good = numpy.isfinite(k_hat) and numpy.isfinite(log_weights).all()
     return (log_weights, float(k_hat)) if good else (plain, numpy.inf)
 

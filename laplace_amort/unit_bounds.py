@@ -58,6 +58,8 @@ class BoundUnits(Bound):
         :param Coordinates coordinates: have the steps.
         """
         d, loc = len(self.target.loc), self.target.loc
+        if d == 0:
+            return numpy.zeros((0, 0))
         steps = numpy.array([coordinates.step(row) for row in numpy.eye(d)]).reshape(d, d)
         moves = _STEP * torch.from_numpy(steps).to(loc)
         globals_ = torch.cat([loc + moves, loc - moves])
@@ -65,7 +67,7 @@ class BoundUnits(Bound):
             self.points, Points.log_integral, globals_, self.target.starts(globals_)
         )
         ahead, behind = found.gradients.double().cpu().numpy().reshape(2, d, d)
-        along = numpy.linalg.solve(steps, (behind - ahead) / (2 * _STEP)) if d else numpy.zeros((0, 0))
+        along = numpy.linalg.solve(steps, (behind - ahead) / (2 * _STEP))
         symmetric: Vector = (along + along.T) / 2
         return symmetric
 

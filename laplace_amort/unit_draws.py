@@ -141,6 +141,8 @@ class WeightedUnits(NestedUnits):
         density, chunk = self.integrals.density, self.integrals.density.chunk(candidates.shape[1])
         pairs = zip(globals_.split(chunk), candidates.split(chunk), strict=True)
         log_ratios = torch.cat([density.units_at(*pair) for pair in pairs]) - log_density
+        log_ratios = log_ratios.nan_to_num(nan=-torch.inf)
+        log_ratios = log_ratios.masked_fill((log_ratios == -torch.inf).all(1, keepdim=True), 0.0)
         uniform = torch.rand(log_ratios[:, :1].shape, generator=generator, dtype=torch.float64).to(log_ratios)
         below = log_ratios.softmax(1).cumsum(1) < uniform
         chosen = below.sum(1, keepdim=True).clamp(max=len(log_ratios[0]) - 1)

@@ -195,7 +195,7 @@ def _refuse_two_choices(plate: SubsampledPlate, chosen: Tensor) -> None:
 
 def _signature(value: Any) -> Any:
     """What of the arguments of a model may change the shapes of its sites."""
-    if hasattr(value, "shape"):  # tensors, arrays of numpy, frames of pandas
+    if isinstance(getattr(value, "shape", None), tuple):  # tensors, arrays of numpy, frames of pandas
         return tuple(value.shape)
     if isinstance(value, Mapping):
         return {key: _signature(item) for key, item in value.items()}

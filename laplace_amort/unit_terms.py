@@ -28,9 +28,9 @@ __all__ = ["separated", "unit_owners", "unit_terms"]
 _PROBES = (0.1, 0.5, 1.0)
 # How far a ratio of derivatives may be from the whole number that it stands for.
 _WHOLE = 0.1
-# What a derivative may be off, relative to its size; and below what share of the largest it is none: powers of the
-# rounding error.
-_OFF, _NONE = 0.4, 0.9
+# Powers of the rounding error: what a derivative may be off, relative to its size; the same, relative to its size at
+# other points; and the share of the largest of all below which one may be nothing.
+_OFF, _CANCELLED, _NONE = 0.4, 0.8, 0.9
 
 
 def unit_terms(model: UnitModel, global_: Tensor, local: Tensor) -> SeparableDensity:
@@ -130,7 +130,7 @@ def _owners(model: UnitModel, global_: Tensor, local: Tensor) -> list[Tensor]:
     )
     owner = torch.where(inside >= 0, inside, found)
     for probe in probes:
-        probe.check(owner)
+        probe.check(owner, largest)
     return list(owner.split([len(terms.values) for terms in probes[0].terms]))
 
 
@@ -177,16 +177,20 @@ class _Probe:
         """Whether a derivative is so small that it may be what is left of terms that cancel, ``(n,)``."""
         return self.size <= self.size.max() * torch.finfo(self.size.dtype).eps ** _NONE
 
-    def check(self, owner: Tensor) -> None:
+    def check(self, owner: Tensor, size: Tensor | None = None) -> None:
         """Compare derivatives along other directions with what they are if every term depends on its owner alone.
 
+        :param Tensor owner: of each term, ``(n,)``.
+        :param Tensor size: of the derivative of each term where that is not small by chance; by default, as it is here.
         :raises StructureError: naming a term that depends on another unit.
         """
         others = self._random(self.num_units)
         ratio = torch.cat([others / self.units, others.new_zeros(1)])
         found, expected = self._along(others), ratio[owner.clamp(min=0)] * self.along
-        off = torch.finfo(found.dtype).eps ** _OFF
-        same = (found - expected).abs() <= off * (found.abs() + expected.abs())
+        eps = torch.finfo(found.dtype).eps
+        # What a derivative is the difference of, near its zero, has rounding errors of its own.
+        allowed = eps**_OFF * (found.abs() + expected.abs()) + eps**_CANCELLED * (self.size if size is None else size)
+        same = (found - expected).abs() <= allowed
         wrong = (owner < 0) | ~(same | (self.is_rounding() & (owner == self.num_units)))
         if wrong.any():
             self._raise(int(wrong.nonzero()[0]))

@@ -90,7 +90,7 @@ def test_many_points_give_what_scipy_finds(name, rule):
     problem = Problem(name)
     found = problem.values(rule).values[0]
     expected = by_scipy(problem).sum() + problem.shared()
-    assert abs(float(found - expected)) < 1e-8
+    assert abs(float(found - expected)) < 2e-8
     assert abs(float(problem.values(Laplace()).values[0] - expected)) > 1e-4  # so there is something to find
 
 
@@ -213,7 +213,7 @@ def test_without_gradients_conditionals_are_numbers():
     assert attached.mode.requires_grad
     assert attached.scale_tril.requires_grad
     for one, other in zip(found, attached, strict=True):
-        torch.testing.assert_close(one, other.detach(), rtol=1e-13, atol=1e-13)
+        torch.testing.assert_close(one, other.detach(), rtol=1e-9, atol=1e-9)
 
 
 # --------------------------------------------------------------------------------------------------------- planted bugs

@@ -12,15 +12,14 @@ import torch
 from fit_models import gaussian, guide_for, poisson, poisson_counts
 from pyro import poutine
 
+import laplace_amort
 from laplace_amort import (
     FitStatus,
     FixedDrawELBO,
-    GaussHermite,
     JointCurvature,
     Level,
     MarginalLaplace,
     MarginalQuadrature,
-    StudentPoints,
     TrustRegion,
     diagnose,
     fit,
@@ -95,10 +94,7 @@ def level(diagnosis, name):
 def followed(diagnosis, model, args):
     """What the line of advice returns."""
     guide = guide_for(model)
-    names = {"fit": fit, "MarginalQuadrature": MarginalQuadrature, "GaussHermite": GaussHermite}
-    return eval(
-        diagnosis.advice, names | {"StudentPoints": StudentPoints, "model": model, "guide": guide, "args": args}
-    )
+    return eval(diagnosis.advice, vars(laplace_amort) | {"model": model, "guide": guide, "args": args})
 
 
 # ----------------------------------------------------------------------------------------------------- planted failures

@@ -138,13 +138,13 @@ def test_notes_are_printed():
 def test_units_of_five_dimensions():
     """Normal ones, so that one knows the answer."""
     case = UNIT_MODELS["dim_minus_three"]()
-    few, many = (climbed(case.model, *case.args, objective=Ladder(max_points=points)) for points in (64, 2048))
+    few = climbed(case.model, *case.args)
     assert few.rung.objective == MarginalLaplace()
-    assert "StudentPoints(num_points=128" in few.notes[-1]
-    assert isinstance(many.rung.objective.rule, StudentPoints)
+    assert "is enough: StudentPoints(num_points=256" in few.notes[-1]
+    many = climbed(case.model, *case.args, objective=MarginalQuadrature(StudentPoints(256)))
     for name, sd in few.posterior.std().items():
-        assert ((many.posterior.mean()[name] - few.posterior.mean()[name]).abs() < 0.15 * sd).all()
-        torch.testing.assert_close(many.posterior.std()[name], sd, rtol=0.15, atol=0)
+        torch.testing.assert_close(many.posterior.mean()[name], few.posterior.mean()[name], rtol=0, atol=0.01)
+        torch.testing.assert_close(many.posterior.std()[name], sd, rtol=0.02, atol=0)
 
 
 @pytest.mark.parametrize("model", [gaussian, one_answer])
@@ -155,7 +155,7 @@ def test_several_starts(model):
     assert several.optima[0].num_starts == 2
     assert several.rung.objective == one.rung.objective
     assert several.notes[: len(one.notes)] == one.notes
-    torch.testing.assert_close(several.guide.loc, one.guide.loc, rtol=0, atol=1e-3)
+    torch.testing.assert_close(several.guide.loc, one.guide.loc, rtol=0, atol=0.01)
 
 
 def test_several_optima():
@@ -183,7 +183,6 @@ def test_single_precision():
     assert points_of(result) > 1
 
 
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="QuasiNewton with a point of no elements")
 def test_no_globals():
     case = UNIT_MODELS["without_globals"]()
     assert climbed(case.model, *case.args).status.ok

@@ -101,15 +101,15 @@ def test_nested_elbo_is_exact_where_the_model_is_gaussian():
 
 
 def test_nested_elbo_lies_between_the_elbo_and_the_evidence():
-    """By more than six standard errors of either."""
+    """By more than five standard errors of either."""
     z = poisson_counts(3).double()
     log_evidence = brute_force(z)[2]
     plain, nested = (
         fit(poisson, guide_for(poisson), z, objective=objective(num_draws=512, accuracy=1.0))
         for objective in (FixedDrawELBO, NestedELBO)
     )
-    assert nested.objective + 6 * nested.standard_error < log_evidence
-    assert nested.objective - plain.objective > 6 * math.hypot(nested.standard_error, plain.standard_error)
+    assert nested.objective + 5 * nested.standard_error < log_evidence
+    assert nested.objective - plain.objective > 5 * math.hypot(nested.standard_error, plain.standard_error)
 
 
 def test_float32():
@@ -146,10 +146,23 @@ def test_parameters_of_the_model_are_refused(name, objective):
         fit(case.model, guide_for(case.model), *case.args, objective=objective)
 
 
+def total(z):
+    """The sum of all units is observed, so that the second derivative of no two is other than zero."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("units", len(z)):
+        y = pyro.sample("y", dist.Normal(mu, 1.0))
+        pyro.sample("z", dist.Normal(y, 1.0), obs=z)
+    pyro.factor("sum", y.sum(-1))
+
+
 @BOTH
-def test_observations_of_two_units_are_refused(objective):
-    with pytest.raises(StructureError, match="site 'z' depends on 2 units"):
-        fit(differences, guide_for(differences), Z, objective=objective)
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [(differences, "'y' of unit 0 and 'y' of unit 1"), (total, "site 'sum' depends on 4 units")],
+)
+def test_observations_of_several_units_are_refused(model, message, objective):
+    with pytest.raises(StructureError, match=message):
+        fit(model, guide_for(model), Z, objective=objective)
 
 
 @BOTH
@@ -161,20 +174,30 @@ def test_units_of_many_dimensions_take_points_outside_of_a_grid(objective):
     assert fit(case.model, guide_for(case.model), *case.args, objective=objective).status.ok
 
 
-INSTEAD = pytest.mark.xfail(reason="fits the ELBO instead, by stochastic optimization", strict=True)
+class Walked(Exception):
+    """Stochastic optimization, of the plain ELBO, was begun."""
 
 
-@pytest.mark.parametrize("objective", [MarginalQuadrature(), pytest.param(NestedELBO(), marks=INSTEAD)])
+@pytest.fixture
+def _no_walk(monkeypatch):
+    def climb(self, *args):
+        raise Walked
+
+    monkeypatch.setattr(Stochastic, "climb", climb)
+
+
+@pytest.mark.usefixtures("_no_walk")
+@pytest.mark.parametrize("objective", [MarginalQuadrature(), NestedELBO()])
 def test_minibatches_are_refused(objective):
     with pytest.raises(ModelError, match="needs all of them in every evaluation"):
         fit(subsampled, guide_for(subsampled), COUNTS[0], 5, objective=objective)
 
 
-@INSTEAD
+@pytest.mark.usefixtures("_no_walk")
 @BOTH
 def test_stochastic_optimization_is_refused(objective):
     with pytest.raises(TypeError):
-        fit(poisson, guide_for(poisson), COUNTS, objective=objective, optimizer=Stochastic(window=20, max_steps=20))
+        fit(poisson, guide_for(poisson), COUNTS, objective=objective, optimizer=Stochastic())
 
 
 @BOTH
@@ -209,7 +232,6 @@ def test_units_without_a_mode(objective):
         _ = result.posterior
 
 
-@pytest.mark.xfail(reason="rounding errors of differences pass for a curvature", strict=True)
 def test_globals_that_are_not_identified_have_no_maximum():
     def flat(z):
         a, b = (pyro.sample(name, dist.ImproperUniform(constraints.real, (), ())) for name in "ab")
@@ -265,7 +287,7 @@ def test_resumed_fit_is_the_fit(name, monkeypatch, tmp_path):
     objective = RESUMED[name]
     expected = fit(poisson, guide_for(poisson), COUNTS, objective=objective)
     calls = len(expected.history)
-    for call in sorted({0, calls // 2, calls - 1}):
+    for call in (calls // 2, calls - 1):
         with monkeypatch.context() as patch:
             interrupt(patch, Bound, "__call__", call)
             stopped = fit(poisson, guide_for(poisson), COUNTS, objective=objective)
