@@ -17,14 +17,15 @@ from laplace_amort import blocks
 from laplace_amort.conditionals import Conditionals, UnitIntegrals
 from laplace_amort.coordinates import Vector
 from laplace_amort.family import LaplaceGaussian
-from laplace_amort.rules import GRID_DIM, GaussHermite, StudentPoints, UnitRule
+from laplace_amort.importance import matched_normal
+from laplace_amort.rules import GRID_DIM, GaussHermite, UnitRule
 
 __all__ = ["LinearUnits", "NestedUnits", "UnitPosterior", "WeightedPoints", "WeightedUnits"]
 
 # Points from which one draw of a unit is chosen: of one dimension, and of more.
 _CANDIDATES = 16, 64
-# Degrees of freedom at which a t is a normal.
-_NORMAL_DF = 1e6
+# Points for averages over a normal unit: along each of up to three dimensions, or in all.
+_GRID, _MATCHED = (9, 7, 5), 256
 
 
 class WeightedPoints(NamedTuple):
@@ -49,10 +50,6 @@ class UnitPosterior(Protocol):
 
     def chunk(self) -> int:
         """How many globals to ask for at a time."""
-
-
-def _normal_rule(local_dim: int) -> UnitRule:
-    return GaussHermite((9, 7, 5)[local_dim - 1]) if local_dim <= GRID_DIM else StudentPoints(128, df=_NORMAL_DF)
 
 
 @dataclass(frozen=True)
@@ -194,9 +191,14 @@ def _t2_log_density(points: Tensor) -> Tensor:
 
 
 def _normal_points(there: Conditionals) -> WeightedPoints:
-    rule = _normal_rule(there.mode.shape[-1]).points(there.mode.shape[-1], there.mode)
-    points = there.at(rule.points)
-    return WeightedPoints(points, rule.log_probs[:, None].expand(points.shape[:-1]))
+    k = there.mode.shape[-1]
+    if k <= GRID_DIM:
+        points, log_probs, _ = GaussHermite(_GRID[k - 1]).points(k, there.mode)
+    else:
+        points = torch.from_numpy(matched_normal(_MATCHED, k, seed=0)).to(there.mode)
+        log_probs = points.new_full((_MATCHED,), -math.log(_MATCHED))
+    found = there.at(points)
+    return WeightedPoints(found, log_probs[:, None].expand(found.shape[:-1]))
 
 
 def _normal_draw(there: Conditionals, generator: torch.Generator) -> Tensor:
