@@ -31,7 +31,7 @@ _UNIT_MEAN, _UNIT_SD = (0.1, 0.3), (0.05, 0.2)
 # Newton decrement; share of units, and change of a precision, that a repair may have; share of a unit at another mode.
 _DECREMENT, _REPAIRED, _OTHER = 0.05, 0.05, (0.01, 0.05)
 _SKEWNESS = 1.0, 2.5
-# Shape of the tails of a unit; normal draws do not reach far into them, and find it smaller than it is.
+# Shape of the tails of a unit: normal draws do not reach far into them, and find it smaller than it is.
 _K_UNIT = 0.5
 # Error of the moments by sampling; and p value below which scores are not zero on average.
 _OPEN, _P = (0.05, 0.15), 1e-3

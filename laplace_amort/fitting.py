@@ -60,7 +60,9 @@ def fit(
     :param model: a Pyro model, that of the guide.
     :param AutoLaplaceFamily guide: it starts where it stands, and stands at the optimum in the end.
     :param args: arguments of the model.
-    :param objective: :class:`~laplace_amort.FixedDrawELBO` or :class:`~laplace_amort.MarginalLaplace`.
+    :param objective: :class:`~laplace_amort.FixedDrawELBO`, :class:`~laplace_amort.NestedELBO`,
+        :class:`~laplace_amort.MarginalLaplace`, :class:`~laplace_amort.MarginalQuadrature` or
+        :class:`~laplace_amort.Ladder`.
     :param optimizer: :class:`~laplace_amort.TrustRegion`, :class:`~laplace_amort.QuasiNewton` or
         :class:`~laplace_amort.Stochastic`; by default what suits objective and model.
     :param int num_draws: draws that the ELBO begins with, an even number; of no effect with :class:`Stochastic`.
@@ -264,7 +266,8 @@ def _check_arguments(model: Any, guide: Any, objective: Any, optimizer: Any, sta
     if isinstance(objective, type) or not isinstance(objective, Objective):
         hint = f"{objective.__name__}()" if isinstance(objective, type) else "FixedDrawELBO()"
         raise TypeError(
-            f"objective must be FixedDrawELBO() or MarginalLaplace(), got {objective!r}:\n    objective={hint}\n"
+            "objective must be one such as FixedDrawELBO(), MarginalLaplace(), MarginalQuadrature() or Ladder(), got "
+            f"{objective!r}:\n    objective={hint}\n"
             "An ELBO of Pyro's goes into the optimizer: optimizer=Stochastic(elbo=...)"
         )
     if isinstance(optimizer, Stochastic):

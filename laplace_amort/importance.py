@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy
 import scipy.special
@@ -200,8 +200,7 @@ class _Mixture:
             log_integral=float(scipy.special.logsumexp(log_ratios) - math.log(len(draws))),
             num_lost=int(lost.sum()),
         )
-        object.__setattr__(found, "error", self._error(found))
-        return found
+        return replace(found, error=self._error(found))
 
     def _error(self, found: ImportanceSample) -> float:
         """The standard error of the worst moment: what the sets pull it by, each on its own."""

@@ -181,23 +181,16 @@ class LogJoint:
         :param values: constrained values of some latent sites, such as the globals.
         :raises ModelError: if the data are, or are part of, a ``pyro.factor``, which nothing can be drawn from.
         """
-        free = poutine.uncondition(self.model)
+        other, free = copy.copy(self), poutine.uncondition(self.model)
+        other.model = poutine.condition(free, data=dict(values))
         with torch.no_grad(), pyro.validation_enabled(False):
-            drawn = LogJoint._tracing(poutine.condition(free, data=dict(values)), self)
+            drawn: Any = other._run(Messenger())
         observed = {name: node for name, node in drawn.nodes.items() if node.get("infer", {}).get("was_observed")}
         for name, node in observed.items():
             if isinstance(node["fn"], dist.Unit):
                 raise ModelError(f"site '{name}' is a pyro.factor, which no data can be drawn from")
-        other = copy.copy(self)
         other.model = poutine.condition(free, data={name: node["value"] for name, node in observed.items()})
         return other
-
-    @staticmethod
-    def _tracing(model: Callable[..., Any], like: LogJoint) -> Any:
-        """A trace of another model for the same arguments and indices."""
-        other = copy.copy(like)
-        other.model = model
-        return other._run(Messenger())
 
     def pack(self, values: Mapping[str, Tensor]) -> Tensor:
         """Concatenate unconstrained values of all sites into a vector ``(D,)``, in the order of the sites."""

@@ -154,9 +154,8 @@ class StudentPoints:
 
     The tails of the t hold the weights in bounds for nearly every unit, and any number of dimensions will do. The
     points are the same for all units and always, so that the integral is a smooth function; its error falls somewhat
-    faster than their number grows. Their weights are such that mass, mean and covariance of a normal unit
-    come out exactly. In one dimension they are Gauss and Legendre's on the scale of probabilities, and it
-    is quadrature.
+    faster than their number grows. Their weights are such that mass, mean and covariance of a normal unit come out
+    exactly. In one dimension they are Gauss and Legendre's on the scale of probabilities, and it is quadrature.
 
     Do not use it where :class:`GaussHermite` serves: that takes fewer points for the same accuracy.
 

@@ -138,7 +138,8 @@ class Target:
 
     def starts(self, globals_: Tensor) -> Tensor:
         """Guesses of the modes of the units at many globals ``(S, d)``, as ``(S, N, k)``."""
-        return torch.stack([self.guide.warm_start.at(self.unit_model.units, global_) for global_ in globals_])
+        warm_start, units = self.guide.warm_start, self.unit_model.units
+        return warm_start.intercept[units] - (warm_start.slope[units] @ globals_.mT).movedim(-1, 0)
 
     def refuse_model_parameters(self) -> None:
         """Refuse a model with parameters of its own, for what moves the globals alone.

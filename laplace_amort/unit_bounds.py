@@ -152,7 +152,8 @@ def _refuse_lost(target: Target, found: Integrals) -> None:
     if lost:
         raise ModeNotFoundError(
             f"the conditional mode was not found for {len(lost)} of {found.lost.shape[1]} units, the first of them "
-            f"{target.unit_model.describe(lost[0])}",
+            f"{target.unit_model.describe(lost[0])}. Did the globals run away? Start elsewhere:\n"
+            "    fit(model, guide, *args, starts=20)",
             units=target.unit_model.units[lost].tolist(),
             status=[ModeStatus.MAX_STEPS] * len(lost),
         )

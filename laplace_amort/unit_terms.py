@@ -36,7 +36,7 @@ _OFF, _CANCELLED, _NONE = 0.4, 0.8, 0.9
 def unit_terms(model: UnitModel, global_: Tensor, local: Tensor) -> SeparableDensity:
     """Take the log joint of a model apart, whatever its observations are indexed by.
 
-    It costs three runs of the model, with four reverse passes each, and two recordings.
+    It costs four runs of the model, with five reverse passes each, and two recordings.
 
     Do not use it where an observation depends on two units: these have no densities of their own. Nor for a factor that
     is the sum of all units' terms: leave the sum to Pyro.
@@ -48,18 +48,13 @@ def unit_terms(model: UnitModel, global_: Tensor, local: Tensor) -> SeparableDen
     :raises StructureError: if a term depends on more than one unit; the message names the site and two units.
     """
     global_, local = global_.detach(), local.detach()
-    density = separated(model, _owners(model, global_, local))
+    density = separated(model, unit_owners(model, global_, local))
     functions: list[LogJoint] = [density.shared, density.units]
     if model.recording is not None:
         # Where the whole can be recorded, its parts should be.
         with contextlib.suppress(RecordingError):
             functions = [record(function, global_, local) for function in functions]
     return SeparableDensity(*functions)
-
-
-def unit_owners(model: UnitModel, global_: Tensor, local: Tensor) -> list[Tensor]:
-    """Return the unit that each term of a model belongs to, as :func:`unit_terms` finds it, for :func:`separated`."""
-    return _owners(model, global_.detach(), local.detach())
 
 
 def separated(model: UnitModel, owners: list[Tensor]) -> SeparableDensity:
@@ -112,8 +107,12 @@ def _units(model: UnitModel, owners: list[Tensor], global_: Tensor, local: Tenso
     return total
 
 
-def _owners(model: UnitModel, global_: Tensor, local: Tensor) -> list[Tensor]:
-    """The unit that each term belongs to, ``(n,)`` for each site; N where it belongs to none."""
+def unit_owners(model: UnitModel, global_: Tensor, local: Tensor) -> list[Tensor]:
+    """Return the unit that each term belongs to, ``(n,)`` for each site, for :func:`separated`; N where to none.
+
+    See :func:`unit_terms`, which lists what is raised.
+    """
+    global_, local = global_.detach(), local.detach()
     num_units = len(local)
     points = [(_near(global_, share), _near(local, share)) for share in _PROBES]
     points.append((_near(global_, _PROBES[0]), _near(torch.zeros_like(local), 1.0)))  # should the start be far away

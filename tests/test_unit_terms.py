@@ -293,7 +293,7 @@ def test_observations_at_their_maximum_find_their_owner(share):
 
     case = apart(observe, 5)
     unit_model = unit_model_of(case)
-    owners = room._owners(unit_model, *start)
+    owners = room.unit_owners(unit_model, *start)
     assert owners[-1].tolist() == UNIT.tolist()
     assert_apart(unit_terms(unit_model, *start), point_of(case))
     zero = room._Probe(unit_model, start[0], room._near(start[1], share)).size[-6:]
@@ -320,7 +320,7 @@ def test_observations_of_very_different_precision(dtype, least):
     """One is exact, and the derivatives of others are a tiny share of its own."""
     torch.set_default_dtype(dtype)
     case = far_apart(torch.tensor([1.0, 1.0, least, 1.0, 1.0, 1.0]), dtype)
-    owners = room._owners(unit_model_of(case), torch.zeros(1), torch.zeros(5, 1))
+    owners = room.unit_owners(unit_model_of(case), torch.zeros(1), torch.zeros(5, 1))
     assert owners[-1].tolist() == UNIT.tolist()
 
 
@@ -330,5 +330,5 @@ def test_answers_that_are_certain_at_the_start(start):
         pyro.sample("z", dist.Bernoulli(logits=y[..., UNIT]), obs=torch.ones(6))
 
     case = apart(observe, 5)
-    owners = room._owners(unit_model_of(case), torch.zeros(1), torch.full((5, 1), start))
+    owners = room.unit_owners(unit_model_of(case), torch.zeros(1), torch.full((5, 1), start))
     assert owners[-1].tolist() == UNIT.tolist()

@@ -244,7 +244,7 @@ def test_many_units_in_any_order(num_units, num_visits, dtype):
     z, unit = visits_of(num_units, num_visits, dtype)
     unit_model = unit_model_of(poisson_by_visit, z, unit, num_units)
     start = torch.zeros(2), torch.zeros(num_units, 1)
-    found = room._owners(unit_model, *start)
+    found = room.unit_owners(unit_model, *start)
     assert torch.equal(found[-2], unit)
     global_, local = start_of(unit_model)
     density = unit_terms(unit_model.recorded(*start), *start)
