@@ -12,7 +12,7 @@ from laplace_amort.comparison import Comparison, compare
 from laplace_amort.conditionals import Conditionals
 from laplace_amort.consistency import check_consistency
 from laplace_amort.errors import NUMERICAL_ERRORS, ModelError, StructureError
-from laplace_amort.findings import Diagnosis, Finding, Level
+from laplace_amort.findings import Diagnosis, Finding, Level, UnitTails
 from laplace_amort.fit_result import FitResult
 from laplace_amort.importance import ImportanceSample
 from laplace_amort.objectives import FixedDrawELBO, MarginalLaplace
@@ -23,7 +23,7 @@ from laplace_amort.unit_checks import other_modes, unit_k_hat, unit_moments
 from laplace_amort.unit_draws import NestedUnits, WeightedUnits
 from laplace_amort.unit_objectives import MarginalQuadrature
 
-__all__ = ["diagnose"]
+__all__ = ["diagnose", "unit_tails"]
 
 # Posterior standard deviations that a mean may be off, and the share that a standard deviation may: good, and not bad.
 _MEAN, _SD = (0.05, 0.2), (0.03, 0.15)
@@ -75,17 +75,43 @@ def diagnose(result: FitResult, *, simulations: int = 100, seed: int = 0, progre
     findings = [_convergence(result), *_repairs(result)]
     if result.gaussian is None:
         return Diagnosis(tuple(findings), "fit(model, guide, *args, starts=20)")
+    tails = None
     try:
         if result.rung.target.subsamples:
             raise ModelError("the fit took minibatches, and everything else needs all units at once")
         integrals = result.rung.target.integrals
         findings += _against_next_rung(result, seed)
         there = integrals.conditionals(result.gaussian.global_loc[None], result.gaussian.local_loc[None])
-        findings += [*_units(result, there), _second_starts(result, there)]
+        tails = _tails(result, there)
+        findings += [*_units(result, there, tails), _second_starts(result, there)]
         findings += [_consistency(result, simulations, seed, progress)] if simulations else []
     except (*NUMERICAL_ERRORS, ModelError, StructureError) as error:
         findings.append(Finding("units", Level.UNKNOWN, "", f"{type(error).__name__}: {error}"))
-    return Diagnosis(tuple(findings), _advice(result, findings))
+    return Diagnosis(tuple(findings), _advice(result, findings), tails)
+
+
+def unit_tails(result: FitResult) -> UnitTails:
+    """Return the shape of the tails of the units at the center of a fit, unit by unit.
+
+    ``diagnose(result).unit_tails`` has the same; this alone is a small part of its cost.
+
+    :param FitResult result: of :func:`~laplace_amort.fit`, with all units in it.
+    :raises ModelError: if the fit took minibatches.
+    :raises ValueError: if the fit ended where there is no posterior.
+    """
+    if result.gaussian is None:
+        raise ValueError(f"there is no posterior: {result.status}")
+    if result.rung.target.subsamples:
+        raise ModelError("the fit took minibatches, and the tails of the units need all of them at once")
+    integrals = result.rung.target.integrals
+    there = integrals.conditionals(result.gaussian.global_loc[None], result.gaussian.local_loc[None])
+    return _tails(result, there)
+
+
+def _tails(result: FitResult, there: Conditionals) -> UnitTails:
+    target = result.rung.target
+    units, k_hat = unit_k_hat(target.integrals, there, _global(result))
+    return UnitTails(target.unit_model.layout.frame.name, units.astype(int), k_hat, len(there.mode[0]))
 
 
 def _level(value: float, bounds: tuple[float, float]) -> Level:
@@ -195,7 +221,7 @@ def _compared(
     return Finding(f"error, {name}", level if found.where else Level.GOOD, value, sentence)
 
 
-def _units(result: FitResult, there: Conditionals) -> Iterator[Finding]:
+def _units(result: FitResult, there: Conditionals, tails: UnitTails) -> Iterator[Finding]:
     target, global_ = result.rung.target, _global(result)
     moments = unit_moments(target.integrals, there, global_, _next_rule(result))
     skewness = moments.skewness.abs().amax(-1)
@@ -205,7 +231,7 @@ def _units(result: FitResult, there: Conditionals) -> Iterator[Finding]:
     yield Finding(
         "skewness, units", level, f"{float(skewness.max()):.2g}", f"worst of all {target.unit_model.describe(worst)}"
     )
-    units, k_hat = unit_k_hat(target.integrals, there, global_)
+    units, k_hat = tails.units, tails.k_hat
     worst = int(k_hat.argmax())
     heavy = int((k_hat > K_GOOD).sum())
     level = _level(float(k_hat.max()), (K_GOOD, K_GOOD) if follows else (_K_UNIT, K_GOOD))

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
+import numpy
+from numpy.typing import NDArray
 from tabulate import tabulate
 
+from laplace_amort.frames import records_frame
 from laplace_amort.statuses import Status
 
-__all__ = ["Diagnosis", "Finding", "Level"]
+__all__ = ["Diagnosis", "Finding", "Level", "UnitTails"]
 
 _WIDTH = 72
 
@@ -39,12 +43,29 @@ class Finding:
     sentence: str
 
 
+class UnitTails(NamedTuple):
+    """Shape of the tails of the units: k-hat of importance weights whose proposal is a unit's normal approximation.
+
+    :param str plate: of the units.
+    :param units: index in the plate of those looked at, ``(U,)``: those first whose weights vary most.
+    :param k_hat: of each of them, ``(U,)``; minus infinity where all weights are the same.
+    :param int num_units: that there are.
+    """
+
+    plate: str
+    units: NDArray[numpy.int64]
+    k_hat: NDArray[numpy.float64]
+    num_units: int
+
+
 @dataclass(frozen=True)
 class Diagnosis:
     """Whether a posterior can be relied on; ``print(diagnosis)`` shows the table.
 
     :param tuple findings: of all checks.
     :param str advice: the line to type next; empty if there is nothing to do.
+    :param UnitTails unit_tails: k-hat unit by unit, for ``laplace_amort.plots.k_hat_figure``; ``None`` where units were
+        not looked at.
 
     Example::
 
@@ -58,6 +79,7 @@ class Diagnosis:
 
     findings: tuple[Finding, ...]
     advice: str = ""
+    unit_tails: UnitTails | None = field(default=None, repr=False, compare=False)
 
     @property
     def level(self) -> Level:
@@ -79,6 +101,16 @@ class Diagnosis:
         if doubtful:
             return f"It may not fit: {doubtful}."
         return "It fits: nothing that was looked at speaks against this posterior."
+
+    def to_frame(self) -> Any:
+        """Return the table, a row for each check.
+
+        :return: a ``pandas.DataFrame`` with the columns ``check``, ``level``, ``value`` and ``meaning``.
+        :raises ImportError: if pandas is not installed.
+        """
+        columns = ["check", "level", "value", "meaning"]
+        rows = [(f.name, str(f.level), f.value, f.sentence) for f in self.findings]
+        return records_frame([dict(zip(columns, row, strict=True)) for row in rows], columns)
 
     def __str__(self) -> str:
         rows = [[f.name, str(f.level), f.value, textwrap.fill(f.sentence, _WIDTH)] for f in self.findings]

@@ -1,97 +1,78 @@
-"""The plots of the demo: complete, legible, and of the densities that they claim."""
+"""The figures as a whole: none of them needs a window, overlaps itself, or draws what is no fit."""
 
 import sys
 
-import numpy
 import pytest
 import torch
-from demo_results import LABELS, exact_result, short_results
-from fit_models import guide_for, poisson, poisson_counts
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from pyro.infer.autoguide.initialization import init_to_value
+from demo_results import exact_result
+from figures import misplaced_texts
+from plot_fits import counts_fit, gaussian_fit, table_fit
 
-from laplace_amort import demo, fit, plots
+from laplace_amort import AutoLaplaceFamily, datasets, fit, plots
+from laplace_amort.examples import epil
+from laplace_amort.plot_style import STYLE
+
+OF_A_FIT = [
+    plots.marginals_figure,
+    plots.pairs_figure,
+    plots.units_figure,
+    plots.k_hat_figure,
+    plots.history_figure,
+    plots.arrowhead_figure,
+]
 
 
 @pytest.fixture(scope="module")
-def result():
-    return short_results()
+def epil_fit():
+    torch.set_default_dtype(torch.float64)
+    return fit(epil.model, AutoLaplaceFamily(epil.model), *epil.data())
 
 
-@pytest.mark.parametrize("name", demo.PROBLEMS)
-def test_the_plot_is_complete_and_nothing_overlaps(result, name, tmp_path):
-    figure = plots.demo_figure(result[name])
-    path = tmp_path / "plot.png"
-    plots.save_figure(figure, path)
-    assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    found = result[name]
-    labels = [label for label, _, _ in found.numbers("global")]
-    axes = figure.get_axes()
-    assert [a.get_title() for a in axes if a.get_title()] == labels
-    (history,) = (a for a in axes if a.get_ylabel() == "ELBO \N{MINUS SIGN} log evidence (nats)")
-    assert len(history.get_lines()) == 7  # of each guide its steps and their running mean; the log evidence
-    for local, label in found.problem.locals_.items():
-        (units,) = (a for a in axes if a.get_ylabel() == f"{local}, {label}")
-        assert units.get_xlabel().startswith(found.problem.unit)
-        assert len(units.containers) == 3  # the reference and either head
-    (legend,) = (a.get_legend() for a in axes if a.get_legend())
-    texts = [text.get_text() for text in legend.get_texts()]
-    assert [text for text in texts if text in LABELS] == LABELS
-    assert misplaced_texts(figure) == []
-    axes[0].set_title("a title that is far too long for its little panel")
-    assert misplaced_texts(figure) != []
+FITS = {
+    "one global": gaussian_fit,
+    "two globals": counts_fit,
+    "one unit": lambda: counts_fit(1),
+    "two latents a unit": lambda: table_fit("binomial_slopes"),
+    "positive units": lambda: table_fit("gamma_rates"),
+    "a simplex": lambda: table_fit("categorical_probs"),
+}
 
 
-def misplaced_texts(figure):
-    """Texts that leave the figure or lie on another one."""
-    axes = figure.get_axes()
-    renderer = FigureCanvasAgg(figure).get_renderer()
-    figure.draw(renderer)
-    texts = [text for a in axes for text in (a.title, a.xaxis.label, a.yaxis.label)]
-    for axis, (low, high) in [pair for a in axes for pair in ((a.xaxis, a.get_xlim()), (a.yaxis, a.get_ylim()))]:
-        texts += [tick.label1 for tick in axis.get_major_ticks() if low <= tick.get_loc() <= high]
-    texts += [text for a in axes if a.get_legend() for text in a.get_legend().get_texts()]
-    boxes = [(t.get_text(), t.get_window_extent(renderer)) for t in texts if t.get_text() and t.get_visible()]
-    width, height = figure.bbox.width, figure.bbox.height
-    outside = [t for t, box in boxes if box.x0 < 0 or box.y0 < 0 or box.x1 > width or box.y1 > height]
-    overlaps = [f"{t} on {other}" for i, (t, box) in enumerate(boxes) for other, its in boxes[:i] if box.overlaps(its)]
-    return outside + overlaps
+@pytest.mark.parametrize("draw", OF_A_FIT, ids=lambda draw: draw.__name__)
+@pytest.mark.parametrize("name", FITS)
+def test_texts_are_inside_and_apart(name, draw):
+    assert misplaced_texts(draw(FITS[name]())) == []
 
 
-def test_densities_integrate_to_one(result):
-    figure = plots.demo_figure(result["epil"])
-    sigma = next(axes for axes in figure.get_axes() if axes.get_title() == "sigma")
-    curves = [line for line in sigma.get_lines() if len(line.get_xdata()) > 100]
-    assert len(curves) == 3
-    for curve in curves:
-        area = numpy.trapezoid(curve.get_ydata(), curve.get_xdata())
-        assert area == pytest.approx(1, abs=1e-3)
+def test_with_a_reference_of_the_datasets_and_seven_globals(epil_fit):
+    reference = datasets.reference("epil")
+    figures = [plots.marginals_figure(epil_fit, reference), plots.units_figure(epil_fit, reference=reference)]
+    for figure in [*figures, plots.pairs_figure(epil_fit), plots.arrowhead_figure(epil_fit)]:
+        assert misplaced_texts(figure) == []
 
 
-def test_running_mean_keeps_a_line_and_its_ends():
-    line = numpy.arange(40.0)
-    smooth = plots._running_mean(line, 15)
-    assert smooth[7:-7] == pytest.approx(line[7:-7])
-    assert smooth[0] == pytest.approx(line[:8].mean())
+@pytest.mark.parametrize("draw", OF_A_FIT, ids=lambda draw: draw.__name__)
+def test_no_window_is_needed_and_no_style_stays(draw, monkeypatch, tmp_path):
+    import matplotlib
+
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # an import of it would raise
+    before = {key: matplotlib.rcParams[key] for key in STYLE}
+    figure = draw(gaussian_fit())
+    assert {key: matplotlib.rcParams[key] for key in STYLE} == before != STYLE
+    assert figure.canvas.manager is None
+    plots.save_figure(figure, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
-def test_without_matplotlib_the_extra_is_named(monkeypatch):
+@pytest.mark.parametrize("draw", OF_A_FIT, ids=lambda draw: draw.__name__)
+def test_what_is_no_fit_is_refused(draw):
+    with pytest.raises(TypeError, match=r"got AutoLaplaceFamily(.|\n)*fit\(model, guide, \*args\)"):
+        draw(AutoLaplaceFamily(epil.model))
+
+
+@pytest.mark.parametrize("draw", [plots.demo_figure, *OF_A_FIT], ids=lambda draw: draw.__name__)
+def test_without_matplotlib_the_extra_is_named(draw, monkeypatch):
+    result = exact_result() if draw is plots.demo_figure else gaussian_fit()
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r'pip install "laplace_amort\[plots\]"'):
-        plots.demo_figure(exact_result())
-
-
-def test_history_of_a_fit():
-    """Every evaluation is a point, those without an objective are crosses, and infinite gradients are left out."""
-    z, values = poisson_counts(), {"mu": torch.tensor(30.0), "tau": torch.tensor(11.0), "y": torch.zeros(40)}
-    guide = guide_for(poisson, init_loc_fn=init_to_value(values=values))
-    result = fit(poisson, guide, z, starts=3)
-    figure = plots.history_figure(result)
-    upper, lower = figure.axes
-    drawn = sum(len(line.get_xdata()) for line in upper.lines)
-    assert drawn == len(result.history)
-    assert sum(len(line.get_xdata()) for line in lower.lines) == sum(
-        step.gradient_norm < float("inf") for step in result.history
-    )
-    assert {text.get_text() for text in upper.get_legend().get_texts()} == {step.stage for step in result.history}
-    figure.canvas.draw()
+        draw(result)
