@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import importlib.metadata
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from pyro.infer import Predictive
 from torch import Tensor
 
+from laplace_amort.arviz_export import Container, export, installed_container
 from laplace_amort.errors import ResumeError
 from laplace_amort.family import LaplaceGaussian
 from laplace_amort.fit_status import FitStatus
+from laplace_amort.frames import records_frame
 from laplace_amort.guides import AutoLaplaceFamily
 from laplace_amort.objectives import Objective
+from laplace_amort.pointwise import LogLikelihood, MarginalLikelihood
 from laplace_amort.posterior import Posterior
+from laplace_amort.predictions import SeenUnits, Units, posterior_for, predictive
 from laplace_amort.repair import RepairReport
 from laplace_amort.run import Step
 from laplace_amort.summaries import globals_table, summary_lines
@@ -135,6 +143,131 @@ class FitResult:
 
     def __str__(self) -> str:
         return self.summary()
+
+    def predictive(
+        self,
+        units: Units = SeenUnits(),  # noqa: B008 (never changes)
+        *,
+        num_samples: int = 1000,
+        seed: int | None = None,
+        parallel: bool = False,
+    ) -> Predictive:
+        """Return Pyro's ``Predictive`` for this fit: call it with arguments of the model, or with none for the data.
+
+        Observed sites are drawn, whatever the arguments hold for them; draws of what is not given come from torch's
+        generator (``pyro.set_rng_seed``).
+
+        :param units: which are predicted: :class:`~laplace_amort.SeenUnits`, :class:`~laplace_amort.NewUnits`, or
+            :class:`~laplace_amort.ConditionedUnits`, new ones that have data.
+        :param int num_samples: number of draws.
+        :param int seed: of the draws of the posterior.
+        :param bool parallel: of ``Predictive``: one run for all draws, for models that take a dimension on the left.
+        :return: called, it gives values ``(num_samples, *shape)`` by site.
+        :raises ModelError: when called, if plates have other sizes than there are draws for; the message has the line
+            to type. And now, for units that were fitted in minibatches.
+
+        Example::
+
+            >>> import pyro, torch, pyro.distributions as dist
+            >>> from laplace_amort import AutoLaplaceFamily, MarginalLaplace, NewUnits, fit
+            >>> def model(z, size):
+            ...     mu = pyro.sample("mu", dist.Normal(0., 1.))
+            ...     with pyro.plate("units", size):
+            ...         y = pyro.sample("y", dist.Normal(mu, 1.))
+            ...         pyro.sample("z", dist.Normal(y, 1.), obs=z)
+            >>> pyro.clear_param_store()
+            >>> result = fit(model, AutoLaplaceFamily(model), torch.tensor([1., 3.]), 2, objective=MarginalLaplace())
+            >>> result.predictive()()["z"].shape
+            torch.Size([1000, 2])
+            >>> result.predictive(NewUnits())(None, 5)["z"].shape
+            torch.Size([1000, 5])
+        """
+        return predictive(self.posterior, self.rung.target, units, num_samples, seed, parallel)
+
+    def posterior_for(self, *args: Any, **kwargs: Any) -> Posterior:
+        """Return the posterior of new units given their data, without a refit: what amortization is for.
+
+        The globals stay as they were fitted; for each of their draws, modes, curvatures and points of the new units are
+        found as those of the fit were. It costs a few evaluations of the model.
+
+        :param args: arguments of the model with the data of the new units.
+        :param kwargs: its keyword arguments.
+        :return: a posterior like that of the fit, with the new units in the place of the old.
+        :raises ModelError: if the model has other latents than in the fit, or subsamples.
+        :raises ModeNotFoundError: naming the units whose mode was not found.
+        """
+        return posterior_for(self.posterior, self.rung.target, args, kwargs)
+
+    def to_arviz(
+        self,
+        *,
+        num_samples: int = 1000,
+        prior_samples: int = 500,
+        log_likelihood: LogLikelihood | None = MarginalLikelihood(),  # noqa: B008 (never changes)
+        coords: Mapping[str, Any] | None = None,
+        dims: Mapping[str, Sequence[str]] | None = None,
+        seed: int | None = None,
+        container: Container | None = None,
+    ) -> Any:
+        """Return the fit for ArviZ, as one chain of independent draws: an ``xarray.DataTree``, or before version 1 of
+        ArviZ an ``InferenceData``.
+
+        Its groups are ``posterior``, ``posterior_predictive``, ``prior``, ``prior_predictive``, ``observed_data``,
+        ``constant_data`` (tensors among the arguments of the model) and ``log_likelihood``. Dimensions bear the names
+        of plates. Attributes say how the fit ended. Diagnostics of chains, such as R-hat, say nothing here.
+
+        :param int num_samples: draws of the posterior. Globals are drawn by importance sampling, with enough of them
+            that few repeat; the attribute ``distinct_draws_of_globals`` says how many are different.
+        :param int prior_samples: draws of the prior; 0 for none.
+        :param log_likelihood: what ``loo`` leaves out: :class:`~laplace_amort.MarginalLikelihood`, a unit;
+            :class:`~laplace_amort.ConditionalLikelihood`, an observation of a unit that is known; None for no such
+            group.
+        :param coords: labels by dimension, as ``{"units": names_of_the_units}``.
+        :param dims: names of dimensions by variable, those of draws left out.
+        :param int seed: of all draws; torch's generator stays as it is.
+        :param container: :func:`~laplace_amort.arviz_export.as_datatree` or
+            :func:`~laplace_amort.arviz_export.as_inference_data`; by default what the installed ArviZ wants.
+        :raises ImportError: if ArviZ is not installed, with the line to type.
+        :raises ModelError: for units that were fitted in minibatches, or labels of a dimension that there is not.
+        :raises ValueError: if the fit ended where there is no posterior.
+        """
+        groups = export(
+            self.posterior,
+            self.rung.target,
+            self._attributes(),
+            num_samples=num_samples,
+            prior_samples=prior_samples,
+            log_likelihood=log_likelihood,
+            coords=coords or {},
+            dims=dims or {},
+            seed=self.rung.seed if seed is None else seed,
+        )
+        return (container or installed_container())(groups)
+
+    def history_to_frame(self) -> Any:
+        """Return the history, a row for each evaluation in order.
+
+        :return: a ``pandas.DataFrame`` with the fields of :class:`Step` as columns.
+        :raises ImportError: if pandas is not installed.
+        """
+        names = [one.name for one in dataclasses.fields(Step)]
+        return records_frame([dataclasses.asdict(step) for step in self.history], names)
+
+    def _attributes(self) -> dict[str, Any]:
+        """What a file of this fit should say about it: numbers and words."""
+        found = {
+            "inference_library": "laplace_amort",
+            "inference_library_version": importlib.metadata.version("laplace_amort"),
+            "objective": repr(self.rung.objective),
+            "objective_value": float(self.objective),
+            "status": self.status.name,
+            "converged": int(self.status.ok),
+            "message": str(self.status),
+            "log_evidence": float(self.posterior.log_evidence),
+            "sampling_time": float(self.seconds),
+            "notes": "\n".join(self.notes),
+        }
+        return {name: value for name, value in found.items() if not (isinstance(value, float) and math.isnan(value))}
 
     def save(self, path: str | Path) -> None:
         """Write what a later fit needs to go on from here: ``fit(model, guide, *args, resume=path)``.

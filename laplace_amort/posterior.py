@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy
 import torch
@@ -17,10 +18,11 @@ from torch import Tensor
 from laplace_amort.conditionals import UnitIntegrals
 from laplace_amort.coordinates import Vector
 from laplace_amort.family import LaplaceGaussian
+from laplace_amort.frames import UnitSite, draws_frame, globals_frame, units_frame
 from laplace_amort.importance import ImportanceSample, ImportanceSampler, normal_sample
 from laplace_amort.psis import K_GOOD
-from laplace_amort.rules import Points, UnitRule
-from laplace_amort.unit_draws import NestedUnits, UnitPosterior
+from laplace_amort.rules import Laplace, Points, UnitRule
+from laplace_amort.unit_draws import NestedUnits, UnitPosterior, WeightedUnits
 
 __all__ = ["Posterior", "gaussian_sample", "marginal_sample"]
 
@@ -29,6 +31,8 @@ _DRAWS = 4000
 # Draws of the globals that units are averaged over: of units in all at most, but for the least.
 _AVERAGED, _LEAST = 2**20, 512
 _PROBABILITIES = (0.05, 0.5, 0.95)
+# Draws of the globals at most, when more are asked for.
+_MOST = 8192
 
 
 @dataclass(frozen=True)
@@ -91,12 +95,45 @@ class Posterior:
         :param int num_samples: number of draws.
         :param int seed: of these draws; another one gives others.
         :return: constrained values ``(num_samples, *shape)`` by site.
+
+        Values of the globals repeat where there are more draws than weighted ones, or where weights are unequal; see
+        :meth:`refined`.
         """
-        generator = torch.Generator().manual_seed(self.seed if seed is None else seed)
-        globals_ = self._resampled(num_samples, generator)
-        chunks = globals_.split(self.units.chunk())
-        parts = [self.gaussian.constrained(some, self.units.draw(some, generator)) for some in chunks]
+        parts = [self.gaussian.constrained(*some) for some in self._drawn(num_samples, seed)]
         return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    @torch.no_grad()
+    def sample_unconstrained(self, num_samples: int, seed: int | None = None) -> tuple[Tensor, Tensor]:
+        """Draw from the posterior, the same draws as :meth:`sample`, in the coordinates of the fit.
+
+        :param int num_samples: number of draws.
+        :param int seed: of these draws.
+        :return: globals ``(num_samples, d)`` and units ``(num_samples, N, k)``.
+        """
+        globals_, locals_ = zip(*self._drawn(num_samples, seed), strict=True)
+        return torch.cat(globals_), torch.cat(locals_)
+
+    def refined(self, num_samples: int) -> Posterior:
+        """Return the same with enough draws of the globals for so many samples, so that few repeat.
+
+        It takes one value of the marginal density for each draw of the globals, 8192 at most. Do not use it for moments
+        and quantiles: these are as good without.
+
+        :param int num_samples: number of draws that are wanted.
+        """
+        found = self.globals_
+        if found.effective >= num_samples or not self.gaussian.unit_model.layout.global_dim:
+            return self
+        if found.k_hat == -math.inf and math.isnan(found.log_integral):  # of a Gaussian as it is
+            number = 2 ** math.ceil(math.log2(num_samples))
+            return dataclasses.replace(self, globals_=gaussian_sample(self.gaussian, self.seed, number))
+        if not isinstance(self.units, NestedUnits):
+            return self
+        needed = num_samples * len(found.draws) / max(found.effective, 1.0)
+        number = 2 ** math.ceil(math.log2(min(needed, _MOST)))
+        rule = self.units.rule if isinstance(self.units, WeightedUnits) else Laplace()
+        globals_ = marginal_sample(self.units.integrals, rule, self.gaussian, self.seed, number)
+        return dataclasses.replace(self, globals_=globals_)
 
     def mean(self) -> dict[str, Tensor]:
         """Return the means, by site: weighted averages over globals, and over units by quadrature."""
@@ -113,10 +150,57 @@ class Posterior:
         :param int num_samples: number of draws.
         :raises ValueError: if one is not.
         """
-        if not all(0 <= float(probability) <= 1 for probability in quantiles):
-            raise ValueError(f"quantiles must be between 0 and 1, got {list(map(float, quantiles))}")
+        _check_probabilities(quantiles)
         draws = self.sample(num_samples)
         return {name: _quantiles(value, torch.as_tensor(quantiles).to(value)) for name, value in draws.items()}
+
+    def to_frame(self, quantiles: Sequence[float] = _PROBABILITIES) -> Any:
+        """Return mean, standard deviation and quantiles of the globals, a row for each element such as ``beta[2]``.
+
+        :param quantiles: between 0 and 1.
+        :return: a ``pandas.DataFrame``.
+        :raises ImportError: if pandas is not installed.
+        """
+        _check_probabilities(quantiles)
+        names = self.gaussian.unit_model.layout.global_sites
+        mean, std = self.mean(), self.std()
+        globals_, weights = self._weighted()
+        values = self.gaussian.constrained_globals(globals_) if names else {}
+        found = {}
+        for name, value in values.items():
+            columns = value.reshape(len(value), -1).unbind(1)
+            rows = torch.tensor([_weighted_quantiles(column, weights, quantiles) for column in columns])
+            found[name] = rows.mT.reshape(-1, *value.shape[1:])
+        return globals_frame({n: mean[n] for n in names}, {n: std[n] for n in names}, found, quantiles)
+
+    def units_to_frame(self, quantiles: Sequence[float] = _PROBABILITIES, num_samples: int = _DRAWS) -> Any:
+        """Return mean, standard deviation and quantiles of the units, a row for each of their elements.
+
+        :param quantiles: between 0 and 1, of draws.
+        :param int num_samples: number of draws.
+        :return: a ``pandas.DataFrame``, with columns ``site``, ``unit``, ``element``, ``mean``, ``sd`` and quantiles.
+        :raises ImportError: if pandas is not installed.
+        """
+        mean, std, found = self.mean(), self.std(), self.quantiles(quantiles, num_samples)
+        model = self.gaussian.unit_model
+        axes = {name: self.unit_axis(name) for name in model.layout.local_sites}
+        sites = [UnitSite(name, axis, mean[name], std[name], found[name]) for name, axis in axes.items()]
+        return units_frame(sites, model.units, quantiles)
+
+    def draws_to_frame(self, num_samples: int = 1000, seed: int | None = None) -> Any:
+        """Return draws, a row for each, with a column for each element of each site.
+
+        :param int num_samples: number of draws.
+        :param int seed: of these draws; see :meth:`sample`.
+        :return: a ``pandas.DataFrame``.
+        :raises ImportError: if pandas is not installed.
+        """
+        return draws_frame(self.sample(num_samples, seed))
+
+    def unit_axis(self, name: str) -> int:
+        """Return which axis of the constrained value of a local site holds the units."""
+        site, frame = self.gaussian.unit_model.density.sites[name], self.gaussian.unit_model.layout.frame
+        return len(site.shape) - site.event_dim + int(frame.dim)
 
     def summary(self) -> str:
         """Return a table of mean, standard deviation and quantiles of the globals."""
@@ -144,6 +228,13 @@ class Posterior:
             f"{weighted}{len(found.draws)} draws of the globals, as good as {found.effective:.0f} equal ones; error of "
             f"their moments {found.error:.2g}\n\n{self.summary()}"
         )
+
+    def _drawn(self, num_samples: int, seed: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Draws of globals and units, in pieces."""
+        generator = torch.Generator().manual_seed(self.seed if seed is None else seed)
+        globals_ = self._resampled(num_samples, generator)
+        for some in globals_.split(self.units.chunk()):
+            yield some, self.units.draw(some, generator)
 
     def _weighted(self) -> tuple[Tensor, Tensor]:
         """The draws of the globals, ``(S, d)``, and their weights, ``(S,)``."""
@@ -206,18 +297,20 @@ class Posterior:
 
     def _along_units(self, shares: Tensor, name: str, value: Tensor) -> Tensor:
         """Shares ``(L, N)`` in a shape that broadcasts against a value ``(L, *shape)`` of a local site."""
-        site, frame = self.gaussian.unit_model.density.sites[name], self.gaussian.unit_model.layout.frame
-        axis = 1 + len(site.shape) - site.event_dim + int(frame.dim)
+        axis = 1 + self.unit_axis(name)
         return shares.reshape(len(shares), *(1,) * (axis - 1), -1, *(1,) * (value.dim() - axis - 1))
 
 
-def marginal_sample(integrals: UnitIntegrals, rule: UnitRule, gaussian: LaplaceGaussian, seed: int) -> ImportanceSample:
+def marginal_sample(
+    integrals: UnitIntegrals, rule: UnitRule, gaussian: LaplaceGaussian, seed: int, num_draws: int = 128
+) -> ImportanceSample:
     """Draw globals from their marginal density.
 
     :param UnitIntegrals integrals: of the model.
     :param UnitRule rule: how the units are integrated over.
     :param LaplaceGaussian gaussian: the first proposal, and where modes are about.
     :param int seed: of the draws.
+    :param int num_draws: of the first round.
     """
     points = rule.points(gaussian.local_loc.shape[1], gaussian.global_loc)
     integrals = integrals.loose() if len(points.points) > 1 else integrals
@@ -229,17 +322,24 @@ def marginal_sample(integrals: UnitIntegrals, rule: UnitRule, gaussian: LaplaceG
         return values
 
     with torch.no_grad():
-        sampler = ImportanceSampler(seed=seed)
+        sampler = ImportanceSampler(seed=seed, num_draws=num_draws)
         return sampler(log_density, _numpy(gaussian.global_loc), _numpy(gaussian.precision.global_scale_tril))
 
 
-def gaussian_sample(gaussian: LaplaceGaussian, seed: int) -> ImportanceSample:
+def gaussian_sample(gaussian: LaplaceGaussian, seed: int, num_draws: int = 1024) -> ImportanceSample:
     """Draw globals from a Gaussian as it is.
 
     :param LaplaceGaussian gaussian: the Gaussian.
     :param int seed: of the draws.
+    :param int num_draws: a power of two.
     """
-    return normal_sample(_numpy(gaussian.global_loc), _numpy(gaussian.precision.global_scale_tril), seed=seed)
+    loc, scale_tril = _numpy(gaussian.global_loc), _numpy(gaussian.precision.global_scale_tril)
+    return normal_sample(loc, scale_tril, num_draws, seed)
+
+
+def _check_probabilities(quantiles: Sequence[float]) -> None:
+    if not all(0 <= float(probability) <= 1 for probability in quantiles):
+        raise ValueError(f"quantiles must be between 0 and 1, got {list(map(float, quantiles))}")
 
 
 def _numpy(tensor: Tensor) -> Vector:
