@@ -1,6 +1,8 @@
 """The command line: exit codes, what goes to stdout and what to stderr."""
 
+import dataclasses
 import importlib.metadata
+import io
 import subprocess
 import sys
 import textwrap
@@ -130,7 +132,8 @@ def test_version_and_help(capsys):
     assert run(capsys, "--version") == (0, f"laplace-amort {laplace_amort.__version__}\n", "")
     code, out, err = run(capsys, "--help")
     assert (code, err) == (0, "")
-    assert "laplace-amort check mymodel:case" in out
+    assert "laplace-amort check mymodel.py:case" in out
+    assert "130  interrupted by Ctrl-C" in out
     code, out, _ = run(capsys, "check", "--help")
     assert code == 0
     assert "(model, guide, args, kwargs)" in out
@@ -140,7 +143,7 @@ def test_version_and_help(capsys):
     ("arguments", "message"),
     [
         ([], "required: COMMAND"),
-        (["fit"], "invalid choice: 'fit'"),
+        (["sing"], "invalid choice: 'sing'"),
         (["demo", "schools"], "invalid choice: 'schools'"),
         (["demo", "--steps", "0"], "0 is not a positive number"),
         (["demo", "--steps", "many"], "invalid"),
@@ -148,13 +151,15 @@ def test_version_and_help(capsys):
         (["demo", "--plot", "nowhere/a.png"], "there is no directory nowhere to write the plot to"),
         (["demo", "--plot", "a.xyz"], "the plot's name a.xyz must end in one of"),
         (["demo", "--plot", "a"], "the plot's name a must end in one of"),
-        (["check"], "required: MODULE:FACTORY"),
-        (["check", "cases_of_a_user"], "'cases_of_a_user' is not of the form MODULE:FACTORY, such as mymodel:case"),
+        (["check"], "required: FILE.py:FACTORY"),
+        (["check", "cases_of_a_user"], "'cases_of_a_user' is not of the form MODULE:FACTORY or FILE.py:FACTORY"),
         (["check", "cases_of_a_user:"], "is not of the form MODULE:FACTORY"),
         (["check", "no_such_module:case"], "module 'no_such_module' cannot be imported: ModuleNotFoundError"),
+        (["check", "no_such_file.py:case"], "there is no file no_such_file.py"),
+        (["check", "broken_module.py:case"], "file 'broken_module.py' cannot be imported: ZeroDivisionError"),
         (["check", "broken_module:case"], "'broken_module' cannot be imported: ZeroDivisionError"),
-        (["check", "cases_of_a_user:absent"], "module 'cases_of_a_user' has no 'absent'"),
-        (["check", "cases_of_a_user:number"], "has something that is not a function as 'number'"),
+        (["check", "cases_of_a_user:absent"], "'cases_of_a_user' has no 'absent'; its functions are: bare, "),
+        (["check", "cases_of_a_user:number"], "'number' of 'cases_of_a_user' is a int, not a function"),
         (["check", "cases_of_a_user:raising"], "cases_of_a_user:raising() raised ValueError: the data is gone"),
         (["check", "cases_of_a_user:pair"], "must return (model, guide, args) or (model, guide, args, kwargs); it"),
         (["check", "cases_of_a_user:pair"], "it returned a tuple of 2"),
@@ -191,6 +196,15 @@ def test_check_of_a_right_guide(cases, capsys, factory):
     assert sys.path == path
 
 
+def test_check_takes_a_file(cases, capsys):
+    path = list(sys.path)
+    code, out, _ = run(capsys, "check", str(cases / "cases_of_a_user.py") + ":good")
+    assert code == 0
+    assert "ELBO gradient" in out
+    assert sys.path == path
+    assert "cases_of_a_user" not in sys.modules  # a file is not taken for an installed module of its name
+
+
 @pytest.mark.parametrize("factory", ["detached", "untold_repair"])
 def test_check_of_a_wrong_guide_prints_the_table_and_the_failure(cases, capsys, factory):
     code, out, err = run(capsys, "check", f"cases_of_a_user:{factory}")
@@ -217,6 +231,13 @@ def test_demo_prints_a_table_and_writes_its_plot(tmp_path, monkeypatch, capsys, 
     assert out.startswith(f"{name}: ")
     assert out.endswith(f"\nPlot: {name}.png\n")
     assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+
+
+def test_demo_list_fits_nothing(capsys, monkeypatch):
+    monkeypatch.delattr(demo, "run")
+    code, out, err = run(capsys, "demo", "--list")
+    assert (code, err) == (0, "")
+    assert [line.split()[0] for line in out.splitlines()] == list(demo.PROBLEMS)
 
 
 def test_demo_options_reach_the_run(tmp_path, monkeypatch, capsys):
@@ -278,6 +299,41 @@ def test_an_interrupt_before_anything_was_found(monkeypatch, capsys):
 
     monkeypatch.setattr(demo, "run", interrupted)
     assert run(capsys, "demo", "--no-plot") == (130, "", "laplace-amort: interrupted\n")
+
+
+class _Output(io.StringIO):
+    """Standard output that fails, on top of a file that takes its place afterwards."""
+
+    def __init__(self, error, file):
+        super().__init__()
+        self.error, self.file = error, file
+
+    def write(self, text):
+        raise self.error
+
+    def fileno(self):
+        return self.file.fileno()
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [(BrokenPipeError(), 141, ""), (OSError(28, "No space left"), 1, "standard output was not written")],
+)
+def test_output_that_nobody_takes(error, code, said, tmp_path, monkeypatch, capsys):
+    with (tmp_path / "out").open("w") as file:
+        monkeypatch.setattr(sys, "stdout", _Output(error, file))
+        assert cli.main(["demo", "--list"]) == code
+        file.write("nothing comes here any more")
+    assert (tmp_path / "out").read_text() == ""
+    assert said in capsys.readouterr().err
+
+
+def test_a_terminal_that_knows_ascii_only(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    monkeypatch.setattr(demo, "PROBLEMS", {"a": dataclasses.replace(demo.PROBLEMS["epil"], title="± \N{MINUS SIGN} é")})
+    assert cli.main(["demo", "--list"]) == 0
+    assert b"+- - ?" in raw.getvalue()
 
 
 def test_the_command_is_installed():

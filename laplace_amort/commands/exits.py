@@ -1,0 +1,81 @@
+"""How the command ends: the codes for programs, and the complaints that people read."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from enum import IntEnum
+from pathlib import Path
+
+__all__ = ["Exit", "Stop", "UsageError", "complain", "table_of_codes"]
+
+
+class Exit(IntEnum):
+    """The exit codes, with what each means.
+
+    Example::
+
+        >>> Exit.NOT_CONVERGED.value, Exit.NOT_CONVERGED.meaning
+        (3, 'a fit is shown, but it has not converged')
+    """
+
+    meaning: str
+
+    def __new__(cls, code: int, meaning: str) -> Exit:
+        """Attach the meaning to its code."""
+        member = int.__new__(cls, code)
+        member._value_ = code
+        member.meaning = meaning
+        return member
+
+    OK = 0, "fine"
+    FAILED = 1, "an error: of the model, of a check, of a file that could not be written"
+    USAGE = 2, "wrong usage: the command line, or the data that it names, must be another"
+    NOT_CONVERGED = 3, "a fit is shown, but it has not converged"
+    NOT_TRUSTED = 4, "the fit has converged, but --diagnose found something doubtful or bad"
+    INTERRUPTED = 130, "interrupted by Ctrl-C; what was found until then is shown"
+    NO_READER = 141, "nobody read the output to its end, as in '| head'"
+
+
+class Stop(Exception):
+    """The command cannot go on.
+
+    :param str message: for standard error.
+    :param Exit code: to exit with.
+    """
+
+    def __init__(self, message: str, code: Exit = Exit.FAILED) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class UsageError(Stop):
+    """The user asked for something that cannot be."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, Exit.USAGE)
+
+
+def complain(message: str, code: Exit) -> Exit:
+    """Say what is wrong on standard error, and return the code to exit with."""
+    print(f"laplace-amort: {message}", file=sys.stderr)
+    return code
+
+
+def table_of_codes() -> str:
+    """Return all codes and meanings for the help."""
+    return "\n".join(f"  {code.value:>3}  {code.meaning}" for code in Exit)
+
+
+def show_traceback(error: BaseException, file: str | None) -> None:
+    """Print where an error of the user's own code was raised, from the first line of that code on.
+
+    :param error: the error.
+    :param file: of the user's code; of all frames if it is none of them.
+    """
+    found = traceback.TracebackException.from_exception(error)
+    here = str(Path(__file__).parent)
+    frames = [frame for frame in found.stack if not frame.filename.startswith(here)]
+    first = next((i for i, frame in enumerate(frames) if frame.filename == file), 0)
+    found.stack = traceback.StackSummary.from_list(frames[first:])
+    print("".join(found.format(chain=False)), end="", file=sys.stderr)
