@@ -2,38 +2,23 @@
 
 import inspect
 import re
-import textwrap
-from pathlib import Path
 
-import pytest
-import torch
-from fit_models import guide_for, poisson_counts, subsampled
+import documents
 
-import laplace_amort
 from laplace_amort import FitStatus, FixedDrawELBO, fit
 
-DOCUMENT = Path(__file__).parents[1] / "docs" / "fit.rst"
-TEXT = DOCUMENT.read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^\.\. code-block:: python\n\n((?:   .*\n|\n)+)", TEXT, re.MULTILINE)
+DOCUMENT = documents.ROOT / "docs" / "fit.rst"
+TEXT = documents.read(DOCUMENT)
 
 
-@pytest.fixture
-def scope(tmp_path, monkeypatch):
+def test_blocks_say_how_the_fits_end(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(laplace_amort.Stochastic, "max_steps", 100)
-    guide, args = guide_for(subsampled), (poisson_counts(12).double()[0], None)
-    found = vars(laplace_amort) | {"torch": torch, "model": subsampled, "guide": guide, "args": args}
-    return found | {"result": fit(subsampled, guide_for(subsampled), *args)}
-
-
-@pytest.mark.parametrize("number", range(len(BLOCKS)))
-def test_blocks_run(number, scope, capsys):
-    block = textwrap.dedent(BLOCKS[number]).replace("accuracy=0.2", "accuracy=0.2, max_steps=100")
-    exec(compile(block, str(DOCUMENT), "exec"), scope)
-
-
-def test_there_are_blocks():
-    assert len(BLOCKS) == 3
+    scope, results = {}, []
+    for block in documents.python_blocks(TEXT):
+        documents.execute(block, DOCUMENT, scope)
+        results.append(scope["result"])
+    assert [result.status.name for result in results] == ["CONVERGED", "MAX_STEPS", "MAX_STEPS"]
+    assert results[2].objective != results[1].objective  # it went on
 
 
 def test_every_status_is_explained():

@@ -1,38 +1,31 @@
 """What docs/posterior.rst shows runs as shown, and it names every rung and every check there is."""
 
 import re
-import textwrap
-from pathlib import Path
 
+import documents
 import pytest
 import torch
 from fit_models import guide_for, poisson, poisson_counts
 
 import laplace_amort
-from laplace_amort import Ladder, diagnose, fit
+from laplace_amort import Ladder, Level, diagnose, fit
 
-DOCUMENT = Path(__file__).parents[1] / "docs" / "posterior.rst"
-TEXT = DOCUMENT.read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^\.\. code-block:: python\n\n((?:   .*\n|\n)+)", TEXT, re.MULTILINE)
+DOCUMENT = documents.ROOT / "docs" / "posterior.rst"
+TEXT = documents.read(DOCUMENT)
 
 
 def counts():
     return poisson_counts(12).to(torch.float64)
 
 
-@pytest.fixture
-def scope():
-    result = fit(poisson, guide_for(poisson), counts(), objective=Ladder())
-    return vars(laplace_amort) | {"model": poisson, "args": (counts(),), "result": result}
-
-
-@pytest.mark.parametrize("number", range(len(BLOCKS)))
-def test_blocks_run(number, scope):
-    exec(compile(textwrap.dedent(BLOCKS[number]), str(DOCUMENT), "exec"), scope)
-
-
-def test_there_are_blocks():
-    assert len(BLOCKS) == 2
+def test_blocks_end_with_a_posterior_to_be_believed():
+    scope = {}
+    first, second = documents.python_blocks(TEXT)
+    documents.execute(first, DOCUMENT, scope)
+    documents.execute(second, DOCUMENT, scope)
+    assert scope["draws"]["u"].shape == (1000, 59)
+    assert scope["posterior"].k_hat < 0.5
+    assert diagnose(scope["result"], simulations=10).level is Level.GOOD
 
 
 @pytest.mark.parametrize("name", ["FixedDrawELBO", "NestedELBO", "MarginalLaplace", "MarginalQuadrature", "Ladder"])

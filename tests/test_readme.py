@@ -1,20 +1,14 @@
 """The README says what runs, and what it says runs."""
 
 import re
-import textwrap
-from pathlib import Path
 
+import documents
 import pyro
 import pytest
 import torch
 
-README = Path(__file__).parents[1] / "README.rst"
-
-
-def code_blocks(language):
-    """Bodies of the ``code-block`` directives of one language, in order."""
-    pattern = rf"^\.\. code-block:: {language}\n\n((?:   .*\n|\n)+)"
-    return [textwrap.dedent(body) for body in re.findall(pattern, README.read_text(encoding="utf-8"), re.MULTILINE)]
+README = documents.ROOT / "README.rst"
+BLOCKS = documents.python_blocks(documents.read(README))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -22,7 +16,7 @@ def test_the_guide_for_an_existing_model_runs_as_shown(dtype, capsys):
     """In torch's default type, and in float64; it finds the scale that the data were made with."""
     torch.set_default_dtype(dtype)
     scope = {}
-    exec(compile(code_blocks("python")[0], str(README), "exec"), scope)
+    documents.execute(BLOCKS[0], README, scope)
     printed = capsys.readouterr().out
     assert "unit plate 'units': 1000 units, dim -1" in printed
     low, median, high = map(float, re.search(r"tensor\(\[(.*)\]", printed)[1].split(","))
@@ -35,9 +29,8 @@ def test_the_guide_for_an_existing_model_runs_as_shown(dtype, capsys):
 def test_the_answer_runs_as_shown(dtype, capsys):
     """As shown, and in float32; the guide fits, and passes the check that the README prints."""
     scope = {}
-    for block in code_blocks("python")[1:]:
-        block = block.replace("torch.float64", dtype)
-        exec(compile(block, str(README), "exec"), scope)
+    for block in BLOCKS[1:]:
+        documents.execute(block._replace(source=block.source.replace("torch.float64", dtype)), README, scope)
     printed = capsys.readouterr().out
     assert re.search(r"(\d+) of \1 checks passed", printed)
     # After the fit: theta has moved, and the loss is below that of the start.
@@ -52,7 +45,7 @@ def test_the_answer_runs_as_shown(dtype, capsys):
 
 def test_the_answer_is_short():
     """Guide, mode and imports: what a reader has to take in, without the model that was there before."""
-    _, answer, _ = code_blocks("python")
+    _, answer, _ = (block.source for block in BLOCKS)
     model = answer[answer.index("def model") : answer.index("def mode(")]
     lines = [line for line in answer.replace(model, "").splitlines() if line.strip()]
     assert len(lines) <= 20
@@ -60,7 +53,8 @@ def test_the_answer_is_short():
 
 def test_the_two_commands_are_there_once():
     """One installs and runs the main job, one installs and runs the tests; CI reads the second from here."""
-    demo, tests = (block.strip() for block in code_blocks("sh"))
+    blocks = documents.code_blocks(documents.read(README))
+    demo, tests = (block.source.strip() for block in blocks if block.language == "sh")
     assert demo.endswith("&& laplace-amort demo")
     assert tests.endswith("&& pytest")
     ci = (README.parent / ".ci" / "run").read_text(encoding="utf-8")
@@ -68,5 +62,5 @@ def test_the_two_commands_are_there_once():
 
 
 def test_files_that_it_links_to_exist():
-    for path in re.findall(r"<([\w./]+\.rst)>`_", README.read_text(encoding="utf-8")):
+    for path in re.findall(r"<([\w./]+\.rst)>`_", documents.read(README)):
         assert (README.parent / path).is_file(), path
