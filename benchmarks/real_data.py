@@ -8,8 +8,7 @@ Models of which the package has an example are those of the example.
 
 In the voting problems units are precincts, of which the numbers of voters by race and of votes by choice are known, but
 not the table inside. A precinct's vote counts are multinomial with the mixture of its races' choice probabilities,
-weighted by their shares. That likelihood is a ``pyro.factor``, with its multinomial coefficient: totals differ from
-precinct to precinct, and a race that is absent from one is left out in the log domain, where nothing underflows.
+weighted by their shares. Of the data that are made up, and of senc, that table is known: ``hidden_tables``.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ import torch
 from torch import Tensor
 
 from laplace_amort import LogJoint
-from laplace_amort.examples import epil, multisite, radon
+from laplace_amort.examples import ecological, epil, multisite, radon
 from laplace_amort.layout import find_layout
 
 LAYOUT = """\
@@ -91,32 +90,7 @@ def nc2016(voters: Tensor, votes: Tensor) -> None:
         scale = sigma[..., None, None]
         nu = pyro.sample("nu", dist.Normal(voters.new_zeros(races, choices), scale).to_event(2))
         logits = alpha.unsqueeze(-2) + beta + nu
-        pyro.factor("votes", mixture_log_prob(voters, votes, logits))
-
-
-def senc(voters: Tensor, votes: Tensor) -> None:
-    """Precincts with ``voters (N, R)`` by race and ``votes (N, C)``; contrasts with the first choice vary."""
-    shape = [voters.shape[-1], votes.shape[-1] - 1]
-    mu = pyro.sample("mu", dist.Normal(0.0, 2.0).expand(shape).to_event(2))
-    sigma = pyro.sample("sigma", dist.HalfNormal(1.0).expand(shape).to_event(2))
-    with pyro.plate("precincts", len(voters), dim=-1):
-        eta = pyro.sample("eta", dist.Normal(mu, sigma).to_event(2))
-        logits = torch.nn.functional.pad(eta, (1, 0))
-        pyro.factor("votes", mixture_log_prob(voters, votes, logits))
-
-
-def mixture_log_prob(voters: Tensor, votes: Tensor, logits: Tensor) -> Tensor:
-    """Log probability of a precinct's votes, each voter's race drawn from the shares of the races.
-
-    :param Tensor voters: by race, ``(N, R)``; a race may have none, a precinct must have some.
-    :param Tensor votes: by choice, ``(N, C)``.
-    :param Tensor logits: of each race's choices, ``(*, N, R, C)``.
-    :return: ``(*, N)``, multinomial coefficient included.
-    """
-    log_shares = (voters / voters.sum(-1, keepdim=True)).log()
-    log_p = (log_shares.unsqueeze(-1) + logits.log_softmax(-1)).logsumexp(-2)
-    coefficient = (votes.sum(-1) + 1).lgamma() - (votes + 1).lgamma().sum(-1)
-    return coefficient + (votes * log_p).sum(-1)
+        pyro.sample("votes", ecological.PrecinctVotes(voters, logits), obs=votes)
 
 
 @dataclass(frozen=True)
@@ -177,10 +151,14 @@ _RECIPES = {
     **{f"nc2016_votes_{office}": _nc2016("nc2016_votes.csv", office) for office in ("pres", "gov", "sen")},
     **{f"nc2016_sim_sd{sd}": _nc2016(f"nc2016_sim_sd{sd}.csv", "v") for sd in ("0.02", "0.1", "0.3")},
     "senc": _Recipe(
-        senc,
+        ecological.model,
         "precincts",
         "senc.csv",
-        functools.partial(_precincts, races=("n_white", "n_black", "n_natam"), votes=("v_none", "v_dem", "v_rep")),
+        functools.partial(
+            _precincts,
+            races=[f"n_{race}" for race in ecological.RACES],
+            votes=[f"v_{choice}" for choice in ecological.CHOICES],
+        ),
     ),
 }
 
@@ -204,6 +182,20 @@ def problems(folder: Path, names: Sequence[str] | None = None) -> dict[str, Prob
     if unknown:
         raise ValueError(f"there is no problem {', '.join(map(repr, unknown))}; the names are: {', '.join(NAMES)}")
     return {name: _problem(Path(folder), name, _RECIPES[name]) for name in chosen}
+
+
+def hidden_tables(folder: Path, name: str) -> Tensor | None:
+    """Return voters by race and choice in every precinct of a problem, ``(N, R, C)``, or ``None`` if nobody knows.
+
+    :param Path folder: laid out as ``LAYOUT`` says.
+    :param str name: of ``NAMES``.
+    """
+    table = _read(folder, _RECIPES[name].file)
+    races = [column.removeprefix("n_") for column in table if column.startswith("n_")]
+    if not any(column.startswith("y_") for column in table):
+        return None
+    rows = [_columns(table, *(f"y_{race}_{choice}" for choice in ecological.CHOICES)) for race in races]
+    return torch.stack([torch.stack(row, dim=-1) for row in rows], dim=-2)
 
 
 def _problem(folder: Path, name: str, recipe: _Recipe) -> Problem:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 __all__ = ["DATASETS", "REFERENCES", "Reference", "Summary", "load", "reference"]
 
-DATASETS = ("effects_errors", "epil", "radon_mn")
+DATASETS = ("effects_errors", "epil", "radon_mn", "senc")
 REFERENCES = ("multisite", "epil", "radon")
 
 
@@ -78,6 +78,10 @@ def load(name: str) -> dict[str, Tensor]:
     ``"radon_mn"``, 919 rows, one per home in Minnesota: ``county`` number of the county, from 0 to 84; ``floor`` 0 if
     the radon was measured in the basement, 1 on the ground floor; ``log_radon`` natural logarithm of its activity in
     pCi/L.
+
+    ``"senc"``, 212 rows, one per precinct of eight counties in the south-east of North Carolina, 2001: registered
+    voters by race, ``n_white``, ``n_black``, ``n_natam`` (Native American); by party, ``v_dem``, ``v_rep``, ``v_none``;
+    and, since the state registered both, by race and party, such as ``y_white_dem``.
 
     :param str name: one of ``DATASETS``.
     :raises ValueError: if there is no data set of that name.
