@@ -36,7 +36,9 @@ from laplace_amort.modified_cholesky import ModifiedCholesky
 from laplace_amort.objectives import FixedDrawELBO, MarginalLaplace
 from laplace_amort.optimizers import QuasiNewton, TrustRegion
 from laplace_amort.params import dual_path_param
+from laplace_amort.pointwise import ConditionalLikelihood, MarginalLikelihood
 from laplace_amort.posterior import Posterior
+from laplace_amort.predictions import ConditionedUnits, NewUnits, SeenUnits
 from laplace_amort.repair import NoRepair, RepairReport, SoftAbs
 from laplace_amort.rules import GaussHermite, StudentPoints
 from laplace_amort.run import Step
@@ -51,6 +53,8 @@ __all__ = [
     "AutoLaplaceFamily",
     "Boost",
     "ClosedFormMode",
+    "ConditionalLikelihood",
+    "ConditionedUnits",
     "Diagnosis",
     "DualPath",
     "DualPathParam",
@@ -70,12 +74,14 @@ __all__ = [
     "LogJoint",
     "MarginalCurvature",
     "MarginalLaplace",
+    "MarginalLikelihood",
     "MarginalQuadrature",
     "ModeNotFoundError",
     "ModeWarning",
     "ModelError",
     "ModifiedCholesky",
     "NestedELBO",
+    "NewUnits",
     "NewtonMode",
     "NoRepair",
     "NotPositiveDefiniteError",
@@ -88,6 +94,7 @@ __all__ = [
     "RecordingError",
     "RepairReport",
     "ResumeError",
+    "SeenUnits",
     "SoftAbs",
     "Step",
     "Stochastic",

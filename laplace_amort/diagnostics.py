@@ -182,6 +182,7 @@ def _k_hat(name: str, found: ImportanceSample) -> Finding:
     """The weights of draws of the globals from t distributions."""
     level = max(_level(found.k_hat, (K_GOOD, K_GOOD)), _level(found.error, _OPEN))
     lost = f"; {found.num_lost} draws without a mode" if found.num_lost else ""
+    lost += f"; {found.note}" if found.note else ""
     if level is Level.GOOD:
         sentence = f"importance weights are reliable{lost}"
     else:

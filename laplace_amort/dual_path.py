@@ -13,7 +13,7 @@ import math
 import numbers
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -109,11 +109,33 @@ class _ForwardModeDualPathParam(DualPathParam):
         return mean, curvature
 
 
-class DualPath(NamedTuple):
-    """The two copies: ``mean`` for the mode and the guide's mean, ``curvature`` for the Hessian only."""
+if TYPE_CHECKING:  # a named tuple with a type variable is Python's from 3.11 on
+    from typing import Generic
 
-    mean: Any
-    curvature: Any
+    from typing_extensions import TypeVar
+
+    Value = TypeVar("Value", default=Any)
+
+    class DualPath(NamedTuple, Generic[Value]):
+        """As below; both copies have the type of what was split."""
+
+        mean: Value
+        curvature: Value
+else:
+
+    class DualPath(NamedTuple):
+        """The two copies: ``mean`` for the mode and the guide's mean, ``curvature`` for the Hessian only."""
+
+        mean: Any
+        curvature: Any
+
+
+@overload
+def dual_path(value: Tensor, *, mean_gain: float = ..., curvature_gain: float = ...) -> DualPath[Tensor]: ...
+
+
+@overload
+def dual_path(value: Value, *, mean_gain: float = ..., curvature_gain: float = ...) -> DualPath[Value]: ...
 
 
 def dual_path(value: Any, *, mean_gain: float = 1.0, curvature_gain: float = 1.0) -> DualPath:

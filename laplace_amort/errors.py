@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy
 import torch
 
 __all__ = [
@@ -90,5 +91,11 @@ class GuideCheckError(LaplaceAmortError, AssertionError):
         self.report = report
 
 
-NUMERICAL_ERRORS = (ModeNotFoundError, NotPositiveDefiniteError, InformationError, torch.linalg.LinAlgError)
+NUMERICAL_ERRORS = (
+    ModeNotFoundError,
+    NotPositiveDefiniteError,
+    InformationError,
+    torch.linalg.LinAlgError,
+    numpy.linalg.LinAlgError,
+)
 """What is raised where a density overflows or a mode is lost: a place to step back from, not a mistake."""

@@ -19,7 +19,7 @@ from laplace_amort.errors import ModelError
 from laplace_amort.repair import RepairReport
 from laplace_amort.unit_model import UnitModel
 
-__all__ = ["LaplaceGaussian"]
+__all__ = ["LaplaceGaussian", "is_elementwise"]
 
 _NODES = 41  # of the Gauss-Hermite rule for means in constrained space
 
@@ -103,7 +103,7 @@ class LaplaceGaussian:
         :raises ModelError: for a site whose support is not element by element, such as a simplex.
         """
         for name, site in self.unit_model.density.sites.items():
-            if site.transform is None or not _is_elementwise(site.transform):
+            if site.transform is None or not is_elementwise(site.transform):
                 raise ModelError(
                     f"the mean of site '{name}' is no integral over one normal variable; average draws instead:\n"
                     f"    guide.sample_posterior(1000, *args)['{name}'].mean(0)"
@@ -155,7 +155,8 @@ def _without_room(value: Tensor, rank: int) -> Tensor:
     return value.reshape(len(value), *value.shape[value.dim() - rank :])
 
 
-def _is_elementwise(transform: Transform) -> bool:
+def is_elementwise(transform: Transform) -> bool:
+    """Whether each element of the constrained value is a function of one element of the unconstrained one."""
     while isinstance(transform, IndependentTransform):
         transform = transform.base_transform
     return int(transform.domain.event_dim) == 0 and int(transform.codomain.event_dim) == 0

@@ -9,22 +9,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy
 import torch
 
 from laplace_amort.arrowhead_information import local_information
-from laplace_amort.coordinates import Vector
 from laplace_amort.errors import NUMERICAL_ERRORS, ModelError
 from laplace_amort.evaluation import Maximum
 from laplace_amort.family import LaplaceGaussian
 from laplace_amort.fit_result import FitResult, Optimum, Rung, load_saved
 from laplace_amort.fit_status import FitStatus
 from laplace_amort.guides import AutoLaplaceFamily
+from laplace_amort.identification import describe_flattest
 from laplace_amort.journal import Journal
 from laplace_amort.objectives import FixedDrawELBO, MarginalLaplace, Objective
 from laplace_amort.optimizers import Optimizer, TrustRegion
 from laplace_amort.run import Run, progress_bar
 from laplace_amort.search import End, find_ends, fresh_value
+from laplace_amort.starts import positive
 from laplace_amort.stochastic import Stochastic, StochasticState
 from laplace_amort.target import Target
 
@@ -33,7 +33,6 @@ __all__ = ["fit"]
 _START_STEPS = 100  # on the one minibatch with which a stochastic fit begins
 # Conditional standard deviations beside the mode where curvatures are compared, and by what share they may differ.
 _BESIDE, _NOTICEABLE = 1e-3, 0.05
-_NAMED = 4  # globals in the description of a direction
 
 
 def fit(
@@ -179,7 +178,8 @@ def _result(run: Run, objective: Objective, ends: list[End], value: tuple[float,
     if problem and not maximum.status.ok:
         notes.append(f"the last point without an objective: {problem}")
     if maximum.status is FitStatus.NO_MAXIMUM and maximum.evaluation.information is not None:
-        notes.append(_flattest(target, maximum.evaluation.information))
+        signs = positive(target).tolist()
+        notes.append(describe_flattest(_global_names(target), signs, maximum.evaluation.information))
     gaussian = _gaussian(target, objective, maximum)
     if gaussian is not None:
         notes += _kinks(target, gaussian)
@@ -217,22 +217,13 @@ def _gaussian(target: Target, objective: Objective, maximum: Maximum) -> Laplace
         return None
 
 
-def _flattest(target: Target, information: Vector) -> str:
-    """Name the direction in which the objective curves least downwards, with each global in a scale of its own."""
-    scale = numpy.abs(numpy.diag(information)).clip(min=numpy.finfo(float).tiny) ** -0.5
-    values, vectors = numpy.linalg.eigh(scale[:, None] * information * scale)
-    direction = scale * vectors[:, 0]
-    names = [
+def _global_names(target: Target) -> list[str]:
+    """Names of the unconstrained elements of the globals, ``d`` of them."""
+    return [
         site.name if site.shape.numel() == 1 else f"{site.name}[{index}]"
         for site in target.unit_model.layout.global_sites.values()
         for index in range(site.shape.numel())
     ]
-    largest = numpy.argsort(-numpy.abs(vectors[:, 0]))[:_NAMED]
-    parts = " ".join(f"{direction[i] / numpy.abs(direction[largest]).max():+.2g} {names[i]}" for i in largest)
-    return (
-        f"flattest is the direction {parts}, in unconstrained space (its curvature is {values[0]:.2g} of what each "
-        "global has by itself). Leave one of them out, or give it a prior"
-    )
 
 
 @torch.no_grad()

@@ -154,7 +154,8 @@ class AutoLaplaceFamily(AutoGuide):
         :param mode: another one than the guide's.
         :param head: another one than the guide's.
         """
-        theta = dual_path(self.loc)
+        loc: Any = self.loc  # a tensor, from Pyro's store
+        theta = dual_path(loc)
         units = unit_model.units
         mode, head = mode or self.mode, head or self.head
         local_loc = mode.find(unit_model, theta.mean, self.warm_start.at(units, theta.mean))
@@ -255,8 +256,11 @@ class AutoLaplaceFamily(AutoGuide):
             raise ModelError(
                 f"the guide was set up for {len(self.loc)} global elements and {local_dim} in each unit; "
                 f"this call of the model has {layout.global_dim} and {layout.local_dim}:\n{layout}\n"
-                "Make a new guide for it, and if another guide of this name has been at work:\n"
-                "    pyro.clear_param_store()"
+                "Most often the parameters in Pyro's store are those of a guide of another model that was fitted "
+                "before. Clear the store before a new guide is called first, or call it by another name:\n"
+                "    pyro.clear_param_store()\n"
+                "    class SecondGuide(AutoLaplaceFamily): ...   # the name of the class is that of the parameters\n"
+                "If it is this guide whose model has changed, make a new one."
             )
         if layout.frame.full_size != num_units:  # other units: the amortized modes follow
             if isinstance(self.mode, FreeMode):

@@ -38,6 +38,7 @@ _LOOKED = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _SCALES = 0.5, 4.0
 # Standard deviations of a proposal: how much wider than what was found it is made.
 _WIDER = 1.1
+_SINGULAR = "the draws do not spread in every direction, so proposals kept the scales of the curvature"
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class ImportanceSample:
         a share of it; whichever is larger. From sets of the draws, which together are better than that.
     :param float log_integral: of the density.
     :param int num_lost: draws where the density was NaN; they have no weight.
+    :param str note: what was wrong with the proposals; empty if nothing was.
     """
 
     draws: Vector
@@ -61,6 +63,7 @@ class ImportanceSample:
     error: float
     log_integral: float
     num_lost: int
+    note: str = ""
 
     @property
     def weights(self) -> Vector:
@@ -253,7 +256,7 @@ class ImportanceSampler:
         if len(loc) == 0:
             value = float(log_density(numpy.zeros((1, 0)))[0])
             return ImportanceSample(numpy.zeros((1, 0)), numpy.zeros(1), -math.inf, 1.0, 0.0, value, 0)
-        mixture = _Mixture()
+        mixture, note = _Mixture(), ""
         number = min(self.max_draws, max(self.num_draws, 2 ** math.ceil(math.log2(_EACH * len(loc)))))
         proposal: _Normal | _SplitT = _Normal(loc, scale_tril)
         first: _SplitT | None = None
@@ -266,7 +269,7 @@ class ImportanceSampler:
             total = len(found.draws)
             covered = first is not None or found.effective >= _NEAR_NORMAL * total
             if total >= self.max_draws or (covered and found.error <= self.accuracy and found.k_hat < K_GOOD):
-                return found
+                return replace(found, note=note)
             number = min(total, self.max_draws - total)
             if first is None:
                 proposal = first = _split(log_density, loc, scale_tril)
@@ -274,7 +277,12 @@ class ImportanceSampler:
             fits = found.effective >= _KEPT * total and found.k_hat <= _K_KEPT
             # By turns, so that what the one leaves out is not lost with it.
             known = found.effective > 2 * len(loc)
-            proposal = first if fits or not known or proposal is not first else _fitted(found, scale_tril)
+            if fits or not known or proposal is not first:
+                proposal = first
+            else:
+                tril, said = _spread(found, scale_tril)
+                note = note or said
+                proposal = _fitted(found, tril)
 
 
 def _split(log_density: Callable[[Vector], Vector], loc: Vector, tril: Vector) -> _SplitT:
@@ -295,10 +303,16 @@ def _split(log_density: Callable[[Vector], Vector], loc: Vector, tril: Vector) -
     return _SplitT(loc, tril, widest.clip(*_SCALES))
 
 
-def _fitted(found: ImportanceSample, scale_tril: Vector) -> _SplitT:
-    """A split t with the moments of what was found, in which no direction is narrower than a tenth of a scale."""
-    spread = found.covariance() + 0.01 * scale_tril @ scale_tril.T
-    tril = numpy.linalg.cholesky(spread)
+def _spread(found: ImportanceSample, scale_tril: Vector) -> tuple[Vector, str]:
+    """The factor of the covariance of what was found, in no direction narrower than a tenth of a scale, and a note."""
+    try:
+        return numpy.linalg.cholesky(found.covariance() + 0.01 * scale_tril @ scale_tril.T), ""
+    except numpy.linalg.LinAlgError:  # as of globals that are not identified: all draws are on a line
+        return scale_tril, _SINGULAR
+
+
+def _fitted(found: ImportanceSample, tril: Vector) -> _SplitT:
+    """A split t around what was found, with the factor of its covariance and halves that are found as well."""
     z, weights = numpy.linalg.solve(tril, (found.draws - found.mean()).T).T, found.weights[:, None]
     sides = numpy.array([(z < 0) * weights, (z >= 0) * weights])
     stretch = numpy.sqrt((sides * z**2).sum(1) / sides.sum(1).clip(min=numpy.finfo(float).tiny))

@@ -114,6 +114,10 @@ class UnitLayout:
         """Name of the site that each of the ``k`` coordinates of a unit belongs to."""
         return [name for name, site in self.local_sites.items() for _ in range(self._rest(site).numel())]
 
+    def unit_axis(self, name: str) -> int:
+        """Return the axis of the units in the value of a local site."""
+        return self._axis(self.local_sites[name])
+
     def _axis(self, site: LatentSite) -> int:
         """The axis of the units in the unconstrained value of a local site."""
         return len(site.shape) - site.event_dim + int(self.frame.dim)
@@ -143,9 +147,12 @@ def find_layout(sites: Mapping[str, LatentSite], unit_plate: str | None = None) 
     frames = {frame.name: frame for site in sites.values() for frame in site.plates}
     if not frames:
         raise ModelError(
-            f"no latent site lies in a plate ({', '.join(sites)}), so there are no units. Give each unit a latent:\n"
+            f"no latent site lies in a plate ({', '.join(sites)}), so there are no units. If each unit has a latent, "
+            "sample it in a plate (not by .expand or .to_event):\n"
             "    with pyro.plate('units', num_units):\n"
-            "        y = pyro.sample('y', ...)"
+            "        y = pyro.sample('y', dist.Normal(mu, tau))   # y has shape (num_units,)\n"
+            "For a model without units, Pyro has a guide:\n"
+            "    pyro.infer.autoguide.AutoLaplaceApproximation(model)"
         )
     if unit_plate is None:
         outermost = [site.plates[0] for site in sites.values() if site.plates]

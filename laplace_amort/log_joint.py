@@ -22,6 +22,7 @@ from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor
 from torch.distributions.transforms import Transform
 
+from laplace_amort import model_errors
 from laplace_amort.errors import ModelError
 from laplace_amort.handlers import Feed, Indices, SitePlates, no_open_plates, subsampled_plates, weight_context
 from laplace_amort.sites import (
@@ -141,7 +142,13 @@ class LogJoint:
     def evaluate(self, unconstrained: Mapping[str, Tensor]) -> Tensor:
         """Evaluate the log joint density at unconstrained values of every site; like a call, without packing."""
         trace, log_jacobians = self._run_at(unconstrained)
-        total: Any = trace.log_prob_sum()
+        try:
+            total: Any = trace.log_prob_sum()
+        except RuntimeError as error:
+            explained = model_errors.of_density(error, trace)
+            if explained is None:
+                raise
+            raise explained from error
         for name, log_jacobian in log_jacobians.items():
             total = total + subsample_scale_of(plates_of(trace.nodes[name])) * log_jacobian.sum()
         return total
@@ -167,9 +174,7 @@ class LogJoint:
         """Trace the model there; returns the log-Jacobians of the sites whose coordinates are others as well."""
         feed = Feed(unconstrained, self.sites)
         trace = self._run(feed)
-        if set(feed.log_jacobians) != set(self.sites):
-            changed = sorted(set(feed.log_jacobians) ^ set(self.sites))
-            raise ModelError(f"the latent sites of the model changed between runs: {changed}; they must be fixed")
+        self._refuse_change(feed.log_jacobians)
         others = {name: part for name, part in feed.log_jacobians.items() if feed.transforms[name] is not IDENTITY}
         return trace, others
 
@@ -249,12 +254,15 @@ class LogJoint:
         transforms = self._fixed_transforms()
         if len(transforms) < len(self.sites):
             trace: Any = self._run(poutine.condition(data=dict(values)))
+            self._refuse_change(name for name in self.sites if name in trace.nodes)
             transforms = {name: transform_of(trace.nodes[name]) for name in self.sites}
         unconstrained = {name: transforms[name].inv(values[name]) for name in self.sites}
         for name, value in unconstrained.items():
             if not value.isfinite().all():
-                support = transforms[name].codomain
-                raise ModelError(f"the value of site '{name}' lies outside its support {support}, or on its boundary")
+                raise ModelError(
+                    f"the value of site '{name}' lies outside its support, or on its boundary: "
+                    f"{_first_not_finite(values[name], value)}. Did it overflow, or become NaN?"
+                )
         return unconstrained
 
     def initial(self, init_loc_fn: Callable[..., Any] = init_to_mean) -> Tensor:
@@ -278,7 +286,9 @@ class LogJoint:
             except NotImplementedError:  # nothing to sample from: an improper prior
                 return init_to_zero(site)
 
-        return self._run(InitMessenger(init))
+        trace = self._run(InitMessenger(init))
+        self._refuse_change(name for name in self.sites if name in trace.nodes)
+        return trace
 
     def parameters(self) -> dict[str, Tensor]:
         """Return the model's own parameters (``pyro.param``, weights of modules) by name: the unconstrained leaves."""
@@ -355,6 +365,12 @@ class LogJoint:
         if missing or unknown:
             raise ModelError(f"expected a value for each of {list(self.sites)}; missing {missing}, unknown {unknown}")
 
+    def _refuse_change(self, found: Iterable[str]) -> None:
+        """Refuse a run of the model that had other latent sites than those found at set-up."""
+        changed = sorted(set(found) ^ set(self.sites))
+        if changed:
+            raise ModelError(f"the latent sites of the model changed between runs: {changed}; they must be fixed")
+
     def _fixed_transforms(self) -> dict[str, Transform]:
         """The transforms of the sites whose support depends on no other latent."""
         return {name: site.transform for name, site in self.sites.items() if site.transform is not None}
@@ -366,6 +382,7 @@ class LogJoint:
         # A support that depends on other latents, such as Uniform(0, theta), is known only once they are.
         feed = Feed(unconstrained, self.sites)
         self._run(feed)
+        self._refuse_change(feed.log_jacobians)
         return {name: known.get(name, feed.transforms[name]) for name in self.sites}
 
     def _weights(self, unconstrained: Mapping[str, Tensor]) -> dict[str, AbstractContextManager[Any]]:
@@ -373,6 +390,7 @@ class LogJoint:
         if not any(site.weighted for site in self.sites.values()):
             return {name: nullcontext() for name in self.sites}
         nodes: Any = self._run(Feed(unconstrained, self.sites)).nodes
+        self._refuse_change(name for name in self.sites if name in nodes)
         # The plates that the guide opens bring their own share of the scale.
         return {
             name: weight_context(nodes[name]["scale"] / subsample_scale_of(plates_of(nodes[name])), nodes[name]["mask"])
@@ -383,4 +401,19 @@ class LogJoint:
         """Trace one run of the model under ``handler``, hidden from every handler outside."""
         indices = Indices(self.indices, strict=True) if indices is None else indices
         with no_open_plates(), poutine.block(), indices, handler:
-            return poutine.trace(self.model).get_trace(*self.args, **self.kwargs)
+            tracer = poutine.trace(self.model)
+            try:
+                return tracer.get_trace(*self.args, **self.kwargs)
+            except (RuntimeError, ValueError) as error:
+                explained = model_errors.of_run(error, tracer.trace)
+                if explained is None:
+                    raise
+                raise explained from error
+
+
+def _first_not_finite(constrained: Tensor, unconstrained: Tensor) -> str:
+    """Say what the value is where its unconstrained image is not finite; an event may have another shape there."""
+    index = (~unconstrained.isfinite()).nonzero()[0].tolist()
+    if constrained.shape != unconstrained.shape:
+        return f"one of its elements is {constrained.flatten().tolist()[:4]}"
+    return f"it is {constrained[tuple(index)].item():.4g}" + (f" at index {index}" if index else "")

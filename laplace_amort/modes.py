@@ -57,6 +57,9 @@ class ModeProblem(Protocol):
     def unconstrain_local(self, values: Mapping[str, Tensor], global_: Tensor) -> Tensor:
         """Join constrained values of the local sites, by name, into ``(N, k)``."""
 
+    def unit_axis(self, name: str) -> int:
+        """Return the axis of the units in a value of a local site."""
+
 
 @runtime_checkable
 class Mode(Protocol):
@@ -275,6 +278,7 @@ class ClosedFormMode:
         """
         values = self.fn(problem.constrain_global(global_), *problem.args, **problem.kwargs)
         _check_values(values)
+        _check_finite(problem, values, start)
         local = problem.unconstrain_local(values, global_)
         _check_local(problem, local, start)
         if not self._checked:
@@ -294,6 +298,36 @@ def _check_values(values: object) -> None:
             raise TypeError(f"the closed form returned {type(value).__name__} for site '{name}', not a tensor")
 
 
+def _check_finite(problem: ModeProblem, values: Mapping[str, Tensor], start: Tensor) -> None:
+    """Refuse constrained values that are NaN or infinite, while it is known which site and unit each is of."""
+    for name, value in values.items():
+        failed = ~value.isfinite()
+        if not failed.any():
+            continue
+        axis = problem.unit_axis(name)
+        if axis >= value.dim() or value.shape[axis] != len(start):
+            continue  # of another shape than its site, which is refused next
+        # One row for each unit.
+        rows, parts = failed.movedim(axis, 0).reshape(len(start), -1), value.movedim(axis, 0).reshape(len(start), -1)
+        units = rows.any(-1).nonzero().squeeze(-1).tolist()
+        found = {unit: f"'{name}' is {_few(parts[unit])}" for unit in units[:_LISTED]}
+        _raise_not_finite(problem, units, len(start), found.__getitem__)
+
+
+def _few(values: Tensor) -> str:
+    shown = ", ".join(f"{value:.4g}" for value in values[:_LISTED].tolist())
+    return shown if len(values) == 1 else f"[{shown}{', ...' if len(values) > _LISTED else ''}]"
+
+
+def _raise_not_finite(problem: ModeProblem, units: list[int], num_units: int, reason: Callable[[int], str]) -> None:
+    raise ModeNotFoundError(
+        f"the closed form is not finite for {len(units)} of {num_units} units:\n{_listed(problem, units, reason)}\n"
+        "Is a value outside its support, or did it overflow?",
+        units=problem.units[units].tolist(),
+        status=[ModeStatus.NOT_FINITE] * len(units),
+    )
+
+
 def _check_local(problem: ModeProblem, local: Tensor, start: Tensor) -> None:
     if local.shape != start.shape:
         raise ValueError(
@@ -302,13 +336,7 @@ def _check_local(problem: ModeProblem, local: Tensor, start: Tensor) -> None:
         )
     failed = (~local.isfinite().all(-1)).nonzero().squeeze(-1).tolist()
     if failed:
-        raise ModeNotFoundError(
-            f"the closed form is not finite for {len(failed)} of {len(local)} units:\n"
-            f"{_listed(problem, failed, lambda unit: f'{local[unit].tolist()} in unconstrained space')}\n"
-            "Is a value outside its support, or did it overflow?",
-            units=problem.units[failed].tolist(),
-            status=[ModeStatus.NOT_FINITE] * len(failed),
-        )
+        _raise_not_finite(problem, failed, len(local), lambda unit: f"{local[unit].tolist()} in unconstrained space")
 
 
 def _warn_unless_mode(problem: ModeProblem, global_: Tensor, local: Tensor) -> None:

@@ -15,6 +15,7 @@ from laplace_amort.evaluation import Evaluation, Maximum
 from laplace_amort.family import LaplaceGaussian
 from laplace_amort.fit_status import FitStatus
 from laplace_amort.heads import Head, KnownCurvature, MarginalCurvature
+from laplace_amort.identification import is_flat
 from laplace_amort.optimizers import Optimizer, QuasiNewton, TrustRegion, newton_decrement
 from laplace_amort.posterior import Posterior, gaussian_sample, marginal_sample
 from laplace_amort.rules import Laplace
@@ -196,6 +197,9 @@ class FixedDrawELBO:
 
     def climb(self, run: Run, optimizer: Optimizer) -> Maximum:
         """Maximize from where the guide stands, with as many draws as it takes, and put the guide there."""
+        return _unless_flat(run, self._climb(run, optimizer))
+
+    def _climb(self, run: Run, optimizer: Optimizer) -> Maximum:
         num_draws, seed = self.num_draws, run.seed
         while True:
             # Draws of every round are others, so that nothing is an optimum by chance twice.
@@ -226,6 +230,19 @@ class FixedDrawELBO:
         if shift <= self.accuracy and abs(found.value - fresh.value) <= _AGREE * error:
             return num_draws
         return max(num_draws + 2, 2 * math.ceil(num_draws / 2 * (shift / self.accuracy) ** 2))
+
+
+def _unless_flat(run: Run, maximum: Maximum) -> Maximum:
+    """Say so where the globals are not identified: a search that sees gradients only takes a plain for a top."""
+    d = len(run.target.loc)
+    if not d or maximum.status is FitStatus.START_FAILED:
+        return maximum
+    # The ELBO is flat where the log density is, of which the marginal density has the second derivative at hand.
+    found: Evaluation = run.timed("curvature", lambda: BoundMarginal(run.target)(maximum.point[:d]))
+    if found.information is None or not is_flat(found.information, found.rounding):
+        return maximum
+    evaluation = maximum.evaluation._replace(information=found.information)
+    return maximum._replace(evaluation=evaluation, status=FitStatus.NO_MAXIMUM)
 
 
 def _norm_in(coordinates: Coordinates) -> Callable[[Evaluation], float]:

@@ -13,6 +13,7 @@ import scipy.optimize
 from laplace_amort.coordinates import Coordinates, Vector
 from laplace_amort.evaluation import Evaluation, Function, Maximum
 from laplace_amort.fit_status import FitStatus
+from laplace_amort.identification import is_flat
 
 __all__ = ["Optimizer", "QuasiNewton", "TrustRegion", "newton_decrement"]
 
@@ -115,7 +116,8 @@ class QuasiNewton:
 
 def newton_decrement(evaluation: Evaluation) -> float:
     """Length of Newton's step to the maximum in standard deviations; infinite where the curvature is not negative."""
-    if evaluation.information is None:
+    # Of a matrix that is singular but for rounding errors there may be a factor all the same, made of these.
+    if evaluation.information is None or is_flat(evaluation.information, evaluation.rounding):
         return math.inf
     try:
         factor = numpy.linalg.cholesky(evaluation.information)

@@ -21,7 +21,7 @@ def dual_path_param(
     *,
     mean_gain: float = 1.0,
     curvature_gain: float = 1.0,
-) -> DualPath:
+) -> DualPath[Tensor]:
     r"""Declare ``pyro.param(name, ...)`` and split its value by :func:`~laplace_amort.dual_path`.
 
     Both copies hold the *constrained* value. A Gaussian guide lives in unconstrained space, so there leave the
@@ -48,7 +48,7 @@ def dual_path_param(
         tensor([3., 3.])
     """
     checked = None if init is None else lambda: _checked_init(name, init() if callable(init) else init)
-    value = pyro.param(name, checked, constraint=constraint, event_dim=event_dim)
+    value: Tensor = pyro.param(name, checked, constraint=constraint, event_dim=event_dim)
     return dual_path(value, mean_gain=mean_gain, curvature_gain=curvature_gain)
 
 

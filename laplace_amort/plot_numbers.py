@@ -11,10 +11,9 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor
-from torch.distributions.transforms import IndependentTransform, Transform
 
 from laplace_amort.coordinates import Vector
-from laplace_amort.family import LaplaceGaussian
+from laplace_amort.family import LaplaceGaussian, is_elementwise
 from laplace_amort.fit_result import FitResult
 from laplace_amort.plot_style import to_numpy
 from laplace_amort.posterior import Posterior
@@ -90,7 +89,7 @@ def columns(posterior: Posterior, names: Sequence[str] | None = None) -> list[Co
     found = []
     for name, start in _sites(gaussian, names).items():
         shape, transform = values[name].shape[1:], gaussian.unit_model.layout.global_sites[name].transform
-        alone = transform is not None and _is_elementwise(transform)
+        alone = transform is not None and is_elementwise(transform)
         flat = to_numpy(values[name]).reshape(len(globals_), -1)
         for position, index in enumerate(numpy.ndindex(*shape)):
             coordinate = start + position if alone else None
@@ -156,12 +155,6 @@ def with_reference(column: Column, gaussian: LaplaceGaussian, values: Vector) ->
             coordinate, free = None, drawn
     weights = numpy.full(len(drawn), 1 / len(drawn))
     return replace(column, values=drawn, free=free, weights=weights, coordinate=coordinate, image=image)
-
-
-def _is_elementwise(transform: Transform) -> bool:
-    while isinstance(transform, IndependentTransform):
-        transform = transform.base_transform
-    return int(transform.domain.event_dim) == 0 and int(transform.codomain.event_dim) == 0
 
 
 def quantiles(values: Vector, weights: Vector, probabilities: Sequence[float]) -> Vector:

@@ -226,7 +226,7 @@ class Posterior:
         weighted = f"k-hat of the globals {found.k_hat:.2f}{reliable}; " if found.k_hat > -math.inf else ""
         return (
             f"{weighted}{len(found.draws)} draws of the globals, as good as {found.effective:.0f} equal ones; error of "
-            f"their moments {found.error:.2g}\n\n{self.summary()}"
+            f"their moments {found.error:.2g}{f'; {found.note}' if found.note else ''}\n\n{self.summary()}"
         )
 
     def _drawn(self, num_samples: int, seed: int | None) -> Iterator[tuple[Tensor, Tensor]]:

@@ -109,7 +109,8 @@ def _is_same(one: Maximum, other: Maximum) -> bool:
     allowed = _SAME_VALUE + 1e-8 * abs(a.value) + 3 * math.hypot(a.standard_error, b.standard_error)
     difference = one.point - other.point
     if b.information is not None:
-        near = Coordinates.of_information(b.information).distance(difference) <= _SAME_PLACE
+        about = Coordinates.of_information(b.information)  # of the globals, which come first
+        near = about.distance(difference[: about.size]) <= _SAME_PLACE
     else:
         largest = float(numpy.abs(one.point).max(initial=0.0))
         near = float(numpy.abs(difference).max(initial=0.0)) <= _SAME_PLACE * (1 + largest)
@@ -133,7 +134,9 @@ def fresh_value(run: Run, objective: FixedDrawELBO) -> tuple[float, float]:
             values = bound.values().double()
             batches.append(values.unflatten(0, (2, -1)).mean(0))
             pairs = torch.cat(batches)
-            value, error = float(pairs.mean()), float(pairs.std()) / len(pairs) ** 0.5
+            value, error = float(pairs.mean()), math.inf
+            if len(pairs) > 1:
+                error = float(pairs.std()) / len(pairs) ** 0.5
             enough = 2 * len(pairs) >= _DRAWS or 2 * len(pairs) * numbers >= _NUMBERS
             if error <= _ERROR or enough or not math.isfinite(value):
                 return value, error

@@ -116,9 +116,10 @@ def find_sites(trace: Any) -> dict[str, LatentSite]:
 def _refuse_unless_continuous(node: Any) -> None:
     if node["fn"].has_enumerate_support or node["fn"].support.is_discrete:
         raise ModelError(
-            f"latent site '{node['name']}' is discrete ({type(node['fn']).__name__}), and a Hessian needs continuous "
-            "latents. Sum it out of the model, for instance with dist.MixtureSameFamily, or observe it:\n"
-            f"    pyro.sample('{node['name']}', ..., obs=value)"
+            f"latent site '{node['name']}' is discrete ({type(node['fn']).__name__}{_within(node)}), and a Hessian "
+            "needs continuous latents. If it is data, obs= is missing; if it is unknown, sum it out:\n"
+            f"    pyro.sample('{node['name']}', ..., obs=data)\n"
+            "    pyro.sample('observed', dist.MixtureSameFamily(dist.Categorical(probs), dist_in_each_state), obs=data)"
         )
     for frame in node["cond_indep_stack"]:
         if not frame.vectorized and frame.full_size is not None and frame.size != frame.full_size:
@@ -126,6 +127,11 @@ def _refuse_unless_continuous(node: Any) -> None:
                 f"latent site '{node['name']}' lies in the sequential, subsampled plate '{frame.name}'; vectorize it:\n"
                 f"    with pyro.plate('{frame.name}', {frame.full_size}, subsample_size={frame.size}) as indices: ..."
             )
+
+
+def _within(node: Any) -> str:
+    names = ", ".join(f"'{frame.name}'" for frame in node["cond_indep_stack"])
+    return f", in plate {names}" if names else ""
 
 
 def transform_of(node: Any) -> Transform:

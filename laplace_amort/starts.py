@@ -11,7 +11,7 @@ from torch.distributions.transforms import ComposeTransform, ExpTransform, Indep
 
 from laplace_amort.target import Target
 
-__all__ = ["other_starts", "random_starts"]
+__all__ = ["other_starts", "positive", "random_starts"]
 
 # By how much logarithms of positive globals are lowered. With small scales of a hierarchy, units have one mode each.
 _LOWERED = 2.0
@@ -26,11 +26,11 @@ def other_starts(target: Target, start: Tensor) -> Iterator[Tensor]:
     :param Target target: has the sites of the model.
     :param Tensor start: ``(d,)``.
     """
-    positive = _is_positive(target)
-    if positive.any():
+    marks = positive(target)
+    if marks.any():
         for times in (1, 2):
-            yield start - times * _LOWERED * positive
-    yield -_LOWERED * positive.to(start)
+            yield start - times * _LOWERED * marks
+    yield -_LOWERED * marks.to(start)
 
 
 def random_starts(target: Target, num_starts: int, seed: int) -> Iterator[Tensor]:
@@ -48,8 +48,8 @@ def random_starts(target: Target, num_starts: int, seed: int) -> Iterator[Tensor
     yield from starts
 
 
-def _is_positive(target: Target) -> Tensor:
-    """Which elements of the globals are logarithms, ``(d,)``, 1 or 0."""
+def positive(target: Target) -> Tensor:
+    """Return which elements of the globals are logarithms, ``(d,)``, 1 or 0."""
     sites = target.unit_model.layout.global_sites.values()
     marks = [target.loc.new_full((site.shape.numel(),), float(_is_exp(site.transform))) for site in sites]
     return torch.cat(marks) if marks else target.loc.new_zeros(0)

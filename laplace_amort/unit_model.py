@@ -102,6 +102,10 @@ class UnitModel:
         unconstrained = self.density.to_unconstrained({**self.constrain_global(global_), **values})
         return self.layout.local_from_sites(unconstrained)
 
+    def unit_axis(self, name: str) -> int:
+        """Return the axis of the units in a value of a local site, constrained or not."""
+        return self.layout.unit_axis(name)
+
     def describe(self, unit: int) -> str:
         """Name a unit of this run, for messages."""
         sites = ", ".join(repr(name) for name in self.layout.local_sites)
@@ -122,9 +126,11 @@ class UnitModel:
         if bool((first - second).abs() > torch.finfo(first.dtype).eps ** 0.5 * (1 + first.abs())):
             raise ModelError(
                 f"the log joint of the model is {float(first)} and then {float(second)} at one and the same latents: "
-                "it draws random numbers elsewhere than in its visible latent sites. Does poutine.block hide a latent "
-                "from this guide, as in an AutoGuideList? Give the hidden site a value here:\n"
-                "    AutoLaplaceFamily(poutine.condition(model, data={'site': value}))"
+                "it draws random numbers elsewhere than in its visible latent sites. Is there dropout in a network, or "
+                "noise by torch.randn? Switch it off, or make it a pyro.sample:\n"
+                "    network.eval()\n"
+                "Does poutine.block hide a latent from this guide, as in an AutoGuideList? Give the hidden site a "
+                "value:\n    AutoLaplaceFamily(poutine.condition(model, data={'site': value}))"
             )
 
 

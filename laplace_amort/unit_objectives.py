@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import numpy
 
 from laplace_amort.bound import elbo_coordinates
-from laplace_amort.coordinates import Vector
 from laplace_amort.evaluation import Maximum
 from laplace_amort.family import LaplaceGaussian
 from laplace_amort.fit_status import FitStatus
+from laplace_amort.identification import is_flat
 from laplace_amort.objectives import FixedDrawELBO, MarginalLaplace, Objective
 from laplace_amort.optimizers import Optimizer, QuasiNewton, newton_decrement
 from laplace_amort.posterior import Posterior, gaussian_sample, marginal_sample
@@ -22,8 +22,8 @@ from laplace_amort.unit_draws import NestedUnits, WeightedUnits
 
 __all__ = ["MarginalQuadrature", "NestedELBO"]
 
-# Share of the curvature that each global has by itself.
-_FLAT = 1e-6
+# Share of the curvature of each global by itself that differences of gradients leave by chance.
+_CHANCE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,8 @@ class MarginalQuadrature:
             return maximum._replace(status=FitStatus.NO_MAXIMUM)
         evaluation = maximum.evaluation._replace(information=information)
         decrement = newton_decrement(evaluation)
-        status = maximum.status if numpy.isfinite(decrement) and not _is_flat(information) else FitStatus.NO_MAXIMUM
+        known = numpy.isfinite(decrement) and not is_flat(information, evaluation.rounding, _CHANCE)
+        status = maximum.status if known else FitStatus.NO_MAXIMUM
         return Maximum(maximum.point, evaluation, status, decrement)
 
     def gaussian(self, target: Target, maximum: Maximum) -> LaplaceGaussian:
@@ -90,13 +91,6 @@ class MarginalQuadrature:
         """Return globals by importance sampling of this density, and units by that of the model given each of them."""
         globals_ = marginal_sample(target.integrals, self.rule, gaussian, seed)
         return Posterior(gaussian, globals_, WeightedUnits(gaussian, target.integrals, self.rule), seed)
-
-
-def _is_flat(information: Vector) -> bool:
-    """Whether a direction has no more curvature than differences of gradients leave by chance."""
-    scale = numpy.diag(information).clip(min=numpy.finfo(float).tiny) ** -0.5
-    shares = numpy.linalg.eigvalsh(scale[:, None] * information * scale)
-    return bool(len(shares) and shares[0] < _FLAT)
 
 
 @dataclass(frozen=True)

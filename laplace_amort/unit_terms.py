@@ -24,13 +24,15 @@ from laplace_amort.unit_model import UnitModel
 
 __all__ = ["separated", "unit_owners", "unit_terms"]
 
-# How far from the start terms are probed: one that is at its maximum has no derivative there.
-_PROBES = (0.1, 0.5, 1.0)
+# How far from the start terms are probed: one that is at its maximum has no derivative there. And how far from zero.
+_PROBES, _FROM_ZERO = (0.1, 0.5, 1.0), 1.2
 # How far a ratio of derivatives may be from the whole number that it stands for.
 _WHOLE = 0.1
 # Powers of the rounding error: what a derivative may be off, relative to its size; the same, relative to its size at
 # other points; and the share of the largest of all below which one may be nothing.
 _OFF, _CANCELLED, _NONE = 0.4, 0.8, 0.9
+# Directions along which a term that differs by chance is looked at again, and the powers of two that they differ by.
+_AGAIN, _POWERS = 12, 4
 
 
 def unit_terms(model: UnitModel, global_: Tensor, local: Tensor) -> SeparableDensity:
@@ -81,7 +83,7 @@ def _terms(model: UnitModel, global_: Tensor, local: Tensor) -> list[_Terms]:
         inside = any(plate.name == frame.name for plate in plates)
         inside = inside and values.dim() >= -frame.dim and values.shape[frame.dim] == len(local)
         values = values.movedim(frame.dim, 0).reshape(len(local), -1).sum(-1) if inside else values.reshape(-1)
-        found.append(_Terms(name, inside, values))
+        found.append(_Terms(name, inside, values.to(local.dtype)))  # data of another dtype make theirs another
     return found
 
 
@@ -115,7 +117,8 @@ def unit_owners(model: UnitModel, global_: Tensor, local: Tensor) -> list[Tensor
     global_, local = global_.detach(), local.detach()
     num_units = len(local)
     points = [(_near(global_, share), _near(local, share)) for share in _PROBES]
-    points.append((_near(global_, _PROBES[0]), _near(torch.zeros_like(local), 1.0)))  # should the start be far away
+    # The start may be far away.
+    points.append((_near(global_, _PROBES[0]), _near(torch.zeros_like(local), _FROM_ZERO)))
     probes = [_Probe(model, *point, seed) for seed, point in enumerate(points)]
     found, largest = probes[0].owner(), probes[0].size
     for probe in probes[1:]:
@@ -183,16 +186,27 @@ class _Probe:
         :param Tensor size: of the derivative of each term where that is not small by chance; by default, as it is here.
         :raises StructureError: naming a term that depends on another unit.
         """
-        others = self._random(self.num_units)
-        ratio = torch.cat([others / self.units, others.new_zeros(1)])
-        found, expected = self._along(others), ratio[owner.clamp(min=0)] * self.along
+        wrong = (owner < 0) | self._differs(owner, size, self._random(self.num_units) / self.units)
+        if not wrong.any():
+            return
+        # What a derivative is the difference of may be large beside it, and has rounding errors that nothing here knows
+        # the size of. But where all that a term depends on is multiplied by a power of two, so are these.
+        differs = owner < 0
+        for _ in range(_AGAIN):
+            powers = torch.randint(-_POWERS, _POWERS + 1, (self.num_units,), generator=self.generator)
+            differs = differs | self._differs(owner, size, (2.0**powers).to(self.local))
+        if (wrong & differs).any():
+            self._raise(int((wrong & differs).nonzero()[0]))
+
+    def _differs(self, owner: Tensor, size: Tensor | None, ratio: Tensor) -> Tensor:
+        """Which derivatives are not multiplied by that of their owner where each unit's direction is by a ratio."""
+        found = self._along(self.units * ratio)
+        expected = torch.cat([ratio, ratio.new_zeros(1)])[owner.clamp(min=0)] * self.along
         eps = torch.finfo(found.dtype).eps
         # What a derivative is the difference of, near its zero, has rounding errors of its own.
         allowed = eps**_OFF * (found.abs() + expected.abs()) + eps**_CANCELLED * (self.size if size is None else size)
         same = (found - expected).abs() <= allowed
-        wrong = (owner < 0) | ~(same | (self.is_rounding() & (owner == self.num_units)))
-        if wrong.any():
-            self._raise(int(wrong.nonzero()[0]))
+        return ~(same | (self.is_rounding() & (owner == self.num_units)))
 
     def _along(self, units: Tensor) -> Tensor:
         """The derivative of each term along a direction that is the same in every unit but for its length."""
@@ -214,6 +228,12 @@ class _Probe:
         units = (gradient != 0).any(-1).nonzero().squeeze(-1).tolist()
         names = " and ".join(self.model.describe(unit) for unit in units[:2])
         where = f"element {index}" if len(terms.values) > 1 else "the only element"
+        if len(units) == 1:
+            raise StructureError(
+                f"{where} of site '{terms.name}' depends on {names} alone, but its derivative along two directions "
+                f"differs by more than {self.local.dtype} should lose by rounding. Take more digits:\n"
+                "    torch.set_default_dtype(torch.float64)"
+            )
         raise StructureError(
             f"{where} of site '{terms.name}' depends on {len(units)} units, {names}, so that these have no densities "
             "of their own. Is it a sum over units? Leave the sum to Pyro:\n"
@@ -223,5 +243,6 @@ class _Probe:
 
 
 def _near(value: Tensor, share: float) -> Tensor:
-    generator = torch.Generator().manual_seed(value.dim())
+    # Other numbers for each share: one that is nearly zero must not leave a unit where it is at every point.
+    generator = torch.Generator().manual_seed(1000 * value.dim() + round(100 * share))
     return value + share * torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value)

@@ -50,6 +50,9 @@ class UnitProblem:
     def unconstrain_local(self, values: Mapping[str, Tensor], theta: Tensor) -> Tensor:
         return values["y"]
 
+    def unit_axis(self, name: str) -> int:
+        return 0
+
     def precision(self, theta: Tensor, y: Tensor) -> Tensor:
         """Negative Hessian blocks ``(N, k, k)``, by torch.func, forward over reverse."""
         gradient = torch.func.grad(lambda v: self.density(theta.detach(), v).sum())

@@ -59,6 +59,21 @@ def discrete(z=Z):
         pyro.sample("z", dist.Normal(kind, 1.0), obs=z)
 
 
+GROUP = torch.arange(6) % 3
+ANSWERS = (torch.arange(6) % 2).double()
+
+
+def answers_of_groups(answers, design=None, inside=False):
+    """Two answers of each of three groups, looked up in a plate of their own; or, by mistake, in that of the groups."""
+    with pyro.plate("groups", 3):
+        y = pyro.sample("y", dist.Normal(0.0, 1.0))
+        if inside:
+            pyro.sample("z", dist.Bernoulli(logits=y[GROUP]), obs=answers)
+            return
+    with pyro.plate("answers", 6):
+        pyro.sample("z", dist.Bernoulli(logits=y[GROUP] if design is None else design @ y), obs=answers)
+
+
 def loop(z=Z, size=None):
     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
     for i in pyro.plate("units", len(z), subsample_size=size):
@@ -254,6 +269,15 @@ MODEL_MESSAGES = {
     "ModelError: no latent site lies in a plate (...), so there are no units.": lambda: run(without_plate),
     "ModelError: the model has no latent sample site: every one is observed": lambda: run(observed),
     "ModelError: latent site '...' is discrete (...), and a Hessian needs continuous latents.": lambda: run(discrete),
+    "ModelError: site '...' has ... elements, and lies in plate '...' of size": lambda: run(
+        answers_of_groups, ANSWERS, None, True
+    ),
+    "ModelError: observed site '...' (...) has data of ..., which its density cannot take": lambda: run(
+        answers_of_groups, ANSWERS.long()
+    ),
+    "ModelError: the model puts tensors of different dtypes together": lambda: run(
+        answers_of_groups, ANSWERS, torch.nn.functional.one_hot(GROUP).float()
+    ),
     "ModelError: latent site '...' lies in the sequential plate '...', a loop in Python": lambda: run(loop),
     "ModelError: latent site '...' lies in the sequential, subsampled plate '...'; vectorize it": lambda: run(
         loop, Z, 2
@@ -268,9 +292,9 @@ MODEL_MESSAGES = {
     "ModelError: the model sampled site '...', which it had not at set-up; its sites must be fixed": lambda: run(
         changing(False), Z
     ),
-    "ModelError: the latent sites of the model changed between runs: ...; they must be fixed": lambda: LogJoint(
+    "ModelError: the latent sites of the model changed between runs: ...; they must be fixed": lambda: run(
         changing(True), Z
-    )(torch.zeros(6)),
+    ),
     "ModelError: plate '...' around site '...' has size ... in this run of the model, and had": resized,
     "ModelError: the log joint of the model is ... and then ... at one and the same latents": lambda: run(noisy),
     "ModelError: the guide was set up for ... global elements and ... in each unit": lambda: second_call(
@@ -345,6 +369,9 @@ MODEL_MESSAGES = {
     ),
     "ModeNotFoundError: ... steps came to nothing: is there a kink": lambda: run(kinked),
     "ModeNotFoundError: ... the gradient is zero where the log joint is flat or curves upwards": lambda: run(saddle),
+    "ModeNotFoundError: the closed form is not finite for ... of ... units": lambda: closed(
+        lambda sites, z: {"y": 1 / (z - z[0])}
+    ),
     "ModeWarning: the closed form is not the mode of ... of ... units": lambda: closed(lambda sites, z: {"y": z}),
     "TypeError: the closed form returned ..., not a dict of the local sites by name.": lambda: closed(
         lambda sites, z: z.log()

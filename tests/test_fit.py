@@ -419,8 +419,7 @@ def test_globals_that_are_not_identified_are_named():
 
     result = fit(flat, guide_for(flat), Z, objective=MarginalLaplace())
     assert result.status is FitStatus.NO_MAXIMUM
-    note = next(note for note in result.notes if "flattest" in note)
-    assert "+1 a -0.5 b" in note or "-1 a +0.5 b" in note or "-0.5 b +1 a" in note or "+0.5 b -1 a" in note
+    assert "+1 a -0.5 b" in next(note for note in result.notes if "flattest" in note)
     elbo = fit(flat, guide_for(flat), Z)
     assert elbo.head_report.num_repaired == 1
     assert "the precision of the globals is not that of a maximum" in str(elbo)

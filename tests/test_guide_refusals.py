@@ -11,7 +11,14 @@ from models import MODELS, counts, nested_plates, normals, sequential, subsample
 from pyro import poutine
 from pyro.infer import SVI, JitTrace_ELBO, Trace_ELBO
 
-from laplace_amort import InformationError, LaplaceAmortError, ModelError, NotPositiveDefiniteError, StructureError
+from laplace_amort import (
+    InformationError,
+    LaplaceAmortError,
+    ModelError,
+    ModeNotFoundError,
+    NotPositiveDefiniteError,
+    StructureError,
+)
 from laplace_amort.guides import AutoLaplaceFamily
 from laplace_amort.heads import JointCurvature, MarginalCurvature
 from laplace_amort.modes import ClosedFormMode, FreeMode
@@ -93,7 +100,7 @@ REFUSED = {
     "discrete latent": (
         lambda: AutoLaplaceFamily(discrete)(normals(4)),
         ModelError,
-        "latent site 'side' is discrete (Bernoulli), and a Hessian needs continuous latents. Sum it out of the model",
+        "latent site 'side' is discrete (Bernoulli, in plate 'units'), and a Hessian needs continuous latents.",
     ),
     "sequential plate": (
         lambda: AutoLaplaceFamily(sequential)(normals(3)),
@@ -126,8 +133,8 @@ REFUSED = {
     "no plate": (
         lambda: AutoLaplaceFamily(no_plate)(normals(4)),
         ModelError,
-        "no latent site lies in a plate (mu, tau), so there are no units. Give each unit a latent:\n"
-        "    with pyro.plate('units', num_units):",
+        "no latent site lies in a plate (mu, tau), so there are no units. If each unit has a latent, sample it in a "
+        "plate (not by .expand or .to_event):\n    with pyro.plate('units', num_units):",
     ),
     "no latent": (
         lambda: AutoLaplaceFamily(everything_observed)(normals(4)),
@@ -175,7 +182,14 @@ REFUSED = {
     "another model": (
         lambda: one_after_the_other(AutoLaplaceFamily(vectors), counts(3, 2), counts(3, 4)),
         ModelError,
-        "Make a new guide for it",
+        "If it is this guide whose model has changed, make a new one",
+    ),
+    "closed form that overflows": (
+        lambda: AutoLaplaceFamily(poisson, ClosedFormMode(lambda values, z: {"y": (z - z[2]).reciprocal()}))(
+            torch.tensor([1.0, 2.0, 3.0, 4.0])
+        ),
+        ModeNotFoundError,
+        "the closed form is not finite for 1 of 4 units:\n    unit 2 of plate 'units' ('y'): 'y' is inf",
     ),
     "no repair where one is needed": (
         lambda: AutoLaplaceFamily(MODELS["eight_schools"]().model, repair=NoRepair())(*MODELS["eight_schools"]().args),

@@ -4,6 +4,7 @@ Draws are quasi-random of given seeds: nothing here differs from run to run.
 """
 
 import math
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy
@@ -12,6 +13,7 @@ import scipy.special
 import scipy.stats
 import torch
 
+from laplace_amort import importance as room
 from laplace_amort.importance import ImportanceSampler, _Mixture, normal_sample
 from laplace_amort.psis import K_GOOD
 
@@ -281,3 +283,23 @@ def test_rounds_weighed_by_their_last_proposal_are_found(monkeypatch):
     density = correlated()
     errors = [abs(density.draw(seed).log_integral - density.log_integral) for seed in SEEDS]
     assert max(errors) > 0.03
+
+
+def test_draws_on_a_line_keep_the_scale_of_the_curvature(monkeypatch):
+    """As of globals that are not identified, whose curvature is rounding errors: it is said, and nothing is raised."""
+    draws = numpy.tile([[2.0, 2.0], [-2.0, -2.0]], (4, 1))
+    line = replace(normal_sample(numpy.zeros(2), numpy.eye(2), 8), draws=draws)
+    tril, note = room._spread(line, numpy.zeros((2, 2)))
+    assert (tril == 0).all()
+    assert "do not spread in every direction" in note
+    # In a later round there is a factor, made of rounding errors perhaps: what was said is kept.
+    first = iter([(numpy.eye(2), note)])
+    spread = room._spread
+    monkeypatch.setattr(room, "_spread", lambda found, tril: next(first, None) or spread(found, tril))
+    found = normal(2)._replace(log_density=lambda x: -3 * numpy.abs(x[:, 0] * x[:, 1]) - x[:, 0] ** 2 / 50).draw()
+    assert found.note == note
+    assert numpy.isfinite(found.draws).all()
+
+
+def test_draws_in_every_direction_need_no_note():
+    assert normal(2).draw().note == ""

@@ -144,8 +144,9 @@ def test_a_loop_over_units_is_refused():
 
 def test_a_model_without_units_is_refused():
     refused(
-        "no latent site lies in a plate (mu, tau), so there are no units. Give each unit a latent:\n"
-        "    with pyro.plate('units', num_units):\n        y = pyro.sample('y', ...)",
+        "no latent site lies in a plate (mu, tau), so there are no units. If each unit has a latent, sample it in a "
+        "plate (not by .expand or .to_event):\n    with pyro.plate('units', num_units):\n"
+        "        y = pyro.sample('y', dist.Normal(mu, tau))",
         without_plates,
         normals(3),
     )

@@ -164,8 +164,8 @@ def nested(method, *args):
 REFUSED = {
     "categorical latent": (
         lambda: LogJoint(one_latent(dist.Categorical(torch.ones(2)))),
-        "latent site 'x' is discrete (Categorical), and a Hessian needs continuous latents. Sum it out of the model, "
-        "for instance with dist.MixtureSameFamily, or observe it:\n    pyro.sample('x', ..., obs=value)",
+        "latent site 'x' is discrete (Categorical), and a Hessian needs continuous latents. If it is data, obs= is "
+        "missing; if it is unknown, sum it out:\n    pyro.sample('x', ..., obs=data)\n    pyro.sample('observed', dist",
     ),
     "count latent": (lambda: LogJoint(one_latent(dist.Poisson(1.0))), "latent site 'x' is discrete (Poisson)"),
     "enumerated latent": (
@@ -263,3 +263,32 @@ def test_refuses_what_is_not_a_tensor(values):
     message = f"a LogJoint takes one mapping from site name to tensor, or tensors; got {kinds}"
     with pytest.raises(TypeError, match=re.escape(message)):
         conjugate("__call__", *values)
+
+
+def without_its_shift_later():
+    """A site vanishes in the second run."""
+    runs = iter([True, *[False] * 9])
+
+    def model():
+        y = pyro.sample("y", dist.Normal(0.0, 1.0))
+        low = pyro.sample("low", dist.Normal(0.0, 1.0))
+        if next(runs):
+            pyro.sample("shift", dist.Uniform(low, low + y.exp()))
+
+    return LogJoint(model)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        LogJoint.initial,
+        LogJoint.prototype,
+        lambda log_joint: log_joint(torch.zeros(3)),
+        lambda log_joint: log_joint.constrain(torch.zeros(3)),
+        lambda log_joint: log_joint.unconstrain({name: torch.tensor(0.5) for name in log_joint.sites}),
+    ],
+)
+def test_a_site_that_vanishes_is_named(use):
+    message = "the latent sites of the model changed between runs: ['shift']; they must be fixed"
+    with pytest.raises(ModelError, match=re.escape(message)):
+        use(without_its_shift_later())

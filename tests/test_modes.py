@@ -303,4 +303,16 @@ def test_closed_form_that_is_not_finite_names_its_units() -> None:
         )
     assert caught.value.units == [5, 9]
     assert caught.value.status == [ModeStatus.NOT_FINITE] * 2
-    assert "unit 9 of plate 'units' ('y'): [inf] in unconstrained space" in str(caught.value)
+    assert "unit 9 of plate 'units' ('y'): 'y' is inf" in str(caught.value)
+
+
+def test_closed_form_that_is_not_finite_in_unconstrained_space_names_its_units() -> None:
+    class Positive(UnitProblem):
+        def unconstrain_local(self, values: dict[str, Tensor], theta: Tensor) -> Tensor:
+            return values["y"].log()
+
+    base = normal(3)
+    problem = Positive(base.density, base.theta, base.start)
+    with pytest.raises(ModeNotFoundError, match="not finite for 1 of 3 units") as caught:
+        ClosedFormMode(lambda sites: {"y": torch.tensor([[1.0], [0.0], [1.0]])}).find(problem, base.theta, base.start)
+    assert "unit 1 of plate 'units' ('y'): [-inf] in unconstrained space" in str(caught.value)

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from laplace_amort import (
-    AutoLaplaceFamily, Ladder, LogJoint, MarginalCurvature, SoftAbs, check_paths, diagnose, dual_path_param, fit,
-    observed_information,
+    AutoLaplaceFamily, DualPath, Ladder, LogJoint, MarginalCurvature, SoftAbs, check_paths, diagnose, dual_path,
+    dual_path_param, fit, observed_information,
 )
 from laplace_amort.datasets import load, reference
 from laplace_amort.plots import marginals_figure, save_figure
@@ -59,6 +59,10 @@ def guide(z: Tensor) -> None:
 
 
 report = check_guide(hierarchy, guide, z, settings=CheckSettings(seed=1))
+
+
+def precision_of(dual: DualPath) -> Tensor:
+    return torch.diag(dual.curvature)
 """
 INSIDE = {"inside": "tuple[Tensor, Tensor, int]"}
 REVEALED = {
@@ -82,6 +86,12 @@ REVEALED = {
     "diagnosis.findings[0].level": "Level",
     "figure": "Figure",
     "report": "CheckReport",
+    "dual_path_param('theta').mean": "Tensor",
+    "dual_path_param('theta').curvature": "Tensor",
+    "dual_path(z, mean_gain=0.5).mean": "Tensor",
+    "dual_path(torch.nn.Parameter(z)).curvature": "Tensor",
+    "dual_path({'mu': z}).mean": "dict[str, Tensor]",
+    "tuple(dual_path(z))": "tuple[Tensor, ...]",
     "report.rows[0].error": "float",
     "load('epil')": "dict[str, Tensor]",
     "reference('epil').variables['sigma'].mean": "Tensor",
@@ -94,6 +104,7 @@ MISTAKES = {
     "result.posterior.mean().item()": "attr-defined",
     "result.gaussian.median()": "union-attr",
     "result.converged": "attr-defined",
+    "dual_path(z).mean.colour": "attr-defined",
     "AutoLaplaceFamily(hierarchy, heads=MarginalCurvature())": "call-arg",
     "marginals_figure(result, 'mu', 3)": "arg-type",
     "check_guide(hierarchy, guide, z, settings={'seed': 1})": "arg-type",

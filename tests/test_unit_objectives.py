@@ -315,3 +315,9 @@ def test_seeds(name):
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(99)
     assert_same(fit(poisson, guide_for(poisson), COUNTS, objective=RESUMED[name], seed=3), one)
+
+
+def test_one_pair_of_draws_has_no_standard_error():
+    """And no warning of torch's: the fresh draws that the value is taken on go on to more."""
+    result = fit(gaussian, guide_for(gaussian), Z, objective=FixedDrawELBO(num_draws=2, max_draws=2))
+    assert 0 <= result.standard_error < 0.1

@@ -276,3 +276,51 @@ def test_a_guide_has_the_same_units():
     point = start_of(guide)
     expected = unit_terms(unit_model_of(poisson_by_visit, *args), *point).units(*point)
     assert torch.equal(unit_terms(guide, *point).units(*point), expected)
+
+
+# ------------------------------------------------------------------------------------------------------ rounding errors
+
+
+def several_counts(counts):
+    """Three counts of each unit: the derivative of their sum is zero wherever the rate is their mean."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 3.0))
+    with pyro.plate("units", counts.shape[-1], dim=-1):
+        y = pyro.sample("y", dist.Normal(mu, 1.0))
+        with pyro.plate("counts", len(counts), dim=-2):
+            pyro.sample("z", dist.Poisson(y.exp()), obs=counts)
+
+
+@pytest.mark.parametrize("num_units", [3, 1000])
+def test_derivatives_that_cancel_at_every_point_are_no_dependence(num_units, monkeypatch):
+    """Planted: every point that is probed is a rounding error beside the mode of every unit."""
+    torch.set_default_dtype(torch.float32)
+    unit_model = unit_model_of(several_counts, torch.tensor([[2.0], [1.0], [0.0]]).expand(3, num_units))
+    noise = torch.randn(num_units, 1, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(room, "_near", lambda value, share: value + 1e-5 * share * noise if value.dim() > 1 else value)
+    owners = room.unit_owners(unit_model, torch.zeros(1), torch.zeros(num_units, 1))
+    assert owners[-1].tolist() == list(range(num_units))
+
+
+def test_points_that_are_probed_are_not_the_same_for_any_unit():
+    """Whatever is near zero in one is not in the others."""
+    start = torch.zeros(20_000, 1)
+    shares = [*room._PROBES, room._FROM_ZERO]
+    assert sorted(shares) == sorted(set(shares))
+    moves = torch.stack([room._near(start, share).squeeze(-1) / share for share in shares])
+    assert moves.abs().max(0).values.min() > 0.02
+    assert torch.corrcoef(moves).triu(1).abs().max() < 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_data_of_another_precision_than_the_globals(dtype):
+    other = {torch.float32: torch.float64, torch.float64: torch.float32}[dtype]
+    torch.set_default_dtype(dtype)
+    answers = torch.tensor([0.0, 1.0, 1.0, 0.0], dtype=other)
+    unit_model = unit_model_of(apart(lambda y: pyro.sample("z", dist.Bernoulli(logits=y[..., FIRST]), obs=answers)))
+    global_, local = (part.to(dtype) for part in start_of(unit_model))
+    density = unit_terms(unit_model, global_, local)
+    found = density.units(global_, local)
+    assert found.dtype is dtype
+    expected = torch.distributions.Normal(global_, 1.0).log_prob(local[:, 0])
+    visits = torch.distributions.Bernoulli(logits=local[FIRST, 0]).log_prob(answers.to(dtype))
+    torch.testing.assert_close(found, expected.index_add(0, FIRST, visits))

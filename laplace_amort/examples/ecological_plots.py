@@ -15,8 +15,9 @@ from laplace_amort.plot_style import GREEN, JOINT, MARGINAL, PURPLE, RAW, REFERE
 
 __all__ = ["tables_figure"]
 
-_COLORS = RAW, MARGINAL, JOINT, GREEN, PURPLE
-_MARKERS = "s", "o", "D", "^", "v"
+# The last of the estimates is the one that the figure is about.
+_LAST = MARGINAL, "o"
+_OTHERS = (RAW, "s"), (GREEN, "^"), (JOINT, "D"), (PURPLE, "v")
 _FULL = {"natam": "Native American", "none": "neither", "dem": "Democrat", "rep": "Republican"}
 
 
@@ -53,7 +54,9 @@ def tables_figure(
         panels[0].set_yticks(range(len(races)), [_full(race) for race in races])
         panels[0].set_ylim(len(races) - 0.4, -0.6)
         handles, labels = panels[0].get_legend_handles_labels()
-        upper.legend(handles, labels, loc="outside upper center", ncols=len(handles), frameon=False)
+        upper.legend(
+            handles, labels, loc="outside upper center", ncols=min(len(handles), 5), columnspacing=1.2, frameon=False
+        )
         for r, axes in enumerate(lower.subplots(1, len(races), squeeze=False)[0]):
             held, of = _draw_precincts(axes, estimates[-1], truth, r, choice)
             axes.set_title(f"{_full(races[r])}, {_full(choices[choice])}\n{held} of {of} in their intervals")
@@ -71,13 +74,14 @@ def _draw_overall(axes: Any, estimates: Sequence[TableEstimates], truth: Tensor,
     for at, found in enumerate(estimates):
         low, high = (to_numpy(100 * end[:, choice]) for end in found.overall_interval())
         center = to_numpy(100 * found.overall.mean(0)[:, choice])
+        color, marker = _LAST if found is estimates[-1] else _OTHERS[at % len(_OTHERS)]
         height = rows + 0.6 * ((at + 0.5) / len(estimates) - 0.5)
         axes.errorbar(
             center,
             height,
             xerr=numpy.clip([center - low, high - center], 0, None),
-            color=_COLORS[at % len(_COLORS)],
-            marker=_MARKERS[at % len(_MARKERS)],
+            color=color,
+            marker=marker,
             markersize=3.5,
             elinewidth=1.2,
             linestyle="none",
