@@ -8,7 +8,8 @@ multinomial-Dirichlet model by random-walk Metropolis, tuned by its own ``tuneMD
 of 100000, and 1000 draws, each the 100th; once as it is, once with the share of the second race as covariate. "least
 ESS" is how many independent draws its worst cell is worth. eiPack comes from Debian, as ``r-base-core`` and
 ``r-cran-eipack``. NUTS samples our own models of senc, 4 chains of 1000 draws after 1000; it comes from PyPI, as
-``numpyro``. Where one of them is missing its rows are, and a line says so. ``--rivals`` chooses.
+``numpyro``. "importance" is our own contextual model of senc with its globals from ``result.posterior``. Where one of
+them is missing its rows are, and a line says so. ``--rivals`` chooses.
 
 All get the same treatment: voters choose by chance at the rates that were drawn, and intervals are of what they chose.
 Errors are in percentage points: of the shares of all voters of a race, and of those in precincts with 50 voters of a
@@ -23,6 +24,7 @@ import dataclasses
 import importlib.util
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,7 +51,7 @@ VOTING = tuple(name for name in NAMES if name == "senc" or name.startswith("nc20
 # In the figure, the one of the lower row last.
 SHOWN = "same everywhere", "one scale", "eiPack", "contextual, NUTS", "contextual"
 SCRIPT = Path(__file__).with_suffix(".R")
-RIVALS = "nuts", "eipack", "eipack-covariate"
+RIVALS = "importance", "nuts", "eipack", "eipack-covariate"
 DRAWS, BURN_IN, THIN = 1000, 100_000, 100
 
 
@@ -88,6 +90,8 @@ def eipack(voters: Tensor, votes: Tensor, covariate: str) -> tuple[TableEstimate
 
 def is_missing(rival: str) -> bool:
     """Whether a rival is not installed here."""
+    if rival == "importance":
+        return False
     if rival == "nuts":
         return importlib.util.find_spec("numpyro") is None
     try:
@@ -102,6 +106,14 @@ def sampled(label: str, voters: Tensor, votes: Tensor) -> tuple[TableEstimates, 
 
     rates, seconds, least = nuts(label, voters, votes)
     return TableEstimates.of_rates(f"{label}, NUTS", seconds, rates, voters), least
+
+
+def weighted(found: TableEstimates, voters: Tensor) -> TableEstimates:
+    """The same fit with its globals drawn by importance sampling, in place of the Gaussian."""
+    start = time.perf_counter()
+    rates = ecological.choice_rates(found.fit.posterior.sample(1000)["eta"])
+    seconds = found.seconds + time.perf_counter() - start
+    return TableEstimates.of_rates(f"{found.label}, importance sampling", seconds, rates, voters)
 
 
 def theirs(name: str, voters: Tensor, votes: Tensor, rivals: Sequence[str]) -> Iterator[tuple[TableEstimates, float]]:
@@ -121,6 +133,8 @@ def estimates(
     for found in ours(name, voters, votes):
         evidence = log_evidence(found.fit)
         yield found, {"status": found.fit.status.name, "log evidence": f"{evidence:.1f}", "least ESS": ""}
+    if "importance" in rivals and name == "senc":
+        yield weighted(found, voters), {}
     for found, least in theirs(name, voters, votes, rivals):
         yield found, {"status": "", "log evidence": "", "least ESS": f"{least:.0f}"}
 

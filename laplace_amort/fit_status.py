@@ -21,7 +21,7 @@ class FitStatus(Status):
     TOO_FEW_DRAWS = (
         2,
         "converged for its own draws only: others have their optimum elsewhere, so the guide fits badly in some of its "
-        "tails; raise max_draws, or take another head",
+        "tails; integrate over the units: fit(model, guide, *args, objective=Ladder())",
     )
     STUCK = (
         3,

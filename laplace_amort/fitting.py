@@ -168,6 +168,11 @@ def _stochastic(
     return _result(run, FixedDrawELBO(), [End(maximum)], value, kept)
 
 
+def _in_short(problem: str) -> str:
+    """Without the lines to type, which are for those who compute such matrices themselves."""
+    return problem.partition("\n")[0].partition(" To repair")[0]
+
+
 def _result(run: Run, objective: Objective, ends: list[End], value: tuple[float, float], saved: _Saved) -> FitResult:
     maximum, target = ends[0].maximum, run.target
     objective, settled = run.settled(maximum, objective)
@@ -176,7 +181,7 @@ def _result(run: Run, objective: Objective, ends: list[End], value: tuple[float,
         notes.append(f"every evaluation ran the model in Python, which takes longer: {target.not_recorded}")
     problem = maximum.evaluation.problem or next((step.problem for step in run.history[::-1] if step.problem), "")
     if problem and not maximum.status.ok:
-        notes.append(f"the last point without an objective: {problem}")
+        notes.append(f"the last point without an objective: {_in_short(problem)}")
     if maximum.status is FitStatus.NO_MAXIMUM and maximum.evaluation.information is not None:
         signs = positive(target).tolist()
         notes.append(describe_flattest(_global_names(target), signs, maximum.evaluation.information))

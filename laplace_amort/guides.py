@@ -231,6 +231,7 @@ class AutoLaplaceFamily(AutoGuide):
 
     def _setup_prototype(self, unit_model: UnitModel) -> None:
         """Start the parameter, prepare the strategies, and check that the model is one for this guide."""
+        unit_model.density.check_data()
         with torch.no_grad():
             trace = unit_model.density.prototype(self.init_loc_fn)
         for name in [name for name, node in trace.nodes.items() if self._prototype_hide_fn(node)]:

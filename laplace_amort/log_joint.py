@@ -139,6 +139,14 @@ class LogJoint:
             raise TypeError(f"a LogJoint takes one mapping from site name to tensor, or tensors; got {kinds}")
         return self.evaluate(self.unpack(packed))
 
+    def check_data(self) -> None:
+        """Refuse data that are impossible wherever the latents are, or NaN.
+
+        :raises ModelError: naming site, index and value.
+        """
+        with torch.random.fork_rng(devices=[]):
+            model_errors.refuse_impossible_data(self._run(InitMessenger(init_to_zero)))
+
     def evaluate(self, unconstrained: Mapping[str, Tensor]) -> Tensor:
         """Evaluate the log joint density at unconstrained values of every site; like a call, without packing."""
         trace, log_jacobians = self._run_at(unconstrained)
@@ -404,8 +412,9 @@ class LogJoint:
             tracer = poutine.trace(self.model)
             try:
                 return tracer.get_trace(*self.args, **self.kwargs)
-            except (RuntimeError, ValueError) as error:
-                explained = model_errors.of_run(error, tracer.trace)
+            except (RuntimeError, ValueError, IndexError, TypeError) as error:
+                arguments = model_errors.arguments_of(self.model, self.args, self.kwargs)
+                explained = model_errors.of_run(error, tracer.trace, arguments)
                 if explained is None:
                     raise
                 raise explained from error

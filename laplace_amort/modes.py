@@ -276,15 +276,26 @@ class ClosedFormMode:
         :raises ValueError: if they have another number of elements than the local sites.
         :raises ModeNotFoundError: naming the units where they are NaN or infinite.
         """
-        values = self.fn(problem.constrain_global(global_), *problem.args, **problem.kwargs)
+        sites = problem.constrain_global(global_)
+        _check_overflow(sites)
+        values = self.fn(sites, *problem.args, **problem.kwargs)
         _check_values(values)
         _check_finite(problem, values, start)
         local = problem.unconstrain_local(values, global_)
         _check_local(problem, local, start)
         if not self._checked:
             self._checked = True
-            _warn_unless_mode(problem, global_.detach(), local.detach())
+            _warn_unless_mode(problem, global_.detach(), local.detach(), self.fn)
         return local
+
+
+def _check_overflow(sites: Mapping[str, Tensor]) -> None:
+    """Refuse globals that a fit has sent too far, before the closed form makes anything of them."""
+    for name, value in sites.items():
+        if not value.isfinite().all():
+            raise ModeNotFoundError(
+                f"global site '{name}' overflows: it is {_few(value.flatten())}", units=[], status=[]
+            )
 
 
 def _check_values(values: object) -> None:
@@ -339,7 +350,16 @@ def _check_local(problem: ModeProblem, local: Tensor, start: Tensor) -> None:
         _raise_not_finite(problem, failed, len(local), lambda unit: f"{local[unit].tolist()} in unconstrained space")
 
 
-def _warn_unless_mode(problem: ModeProblem, global_: Tensor, local: Tensor) -> None:
+def _follows(problem: ModeProblem, global_: Tensor, fn: Callable[..., Mapping[str, Tensor]]) -> bool:
+    """Whether any value of a closed form has a derivative in the globals."""
+    with torch.enable_grad():
+        values = fn(problem.constrain_global(global_.clone().requires_grad_()), *problem.args, **problem.kwargs)
+    return any(value.requires_grad for value in values.values())
+
+
+def _warn_unless_mode(
+    problem: ModeProblem, global_: Tensor, local: Tensor, fn: Callable[..., Mapping[str, Tensor]]
+) -> None:
     gradient, tail = evaluate(problem.log_joint, global_, local)
     at = newton_point(local, gradient.detach(), tail, SoftAbs())
     missed = (~at.concave | (at.decrement > _NOTICEABLE)).nonzero().squeeze(-1).tolist()
@@ -350,9 +370,14 @@ def _warn_unless_mode(problem: ModeProblem, global_: Tensor, local: Tensor) -> N
         bend = "" if at.concave[unit] else ", and the log joint curves upwards"
         return f"Newton's step from there is {float(at.decrement[unit]):.3g} standard deviations long{bend}"
 
+    constant = (
+        ""
+        if _follows(problem, global_, fn)
+        else ("It does not depend on the globals at all, and a mode does: is it a constant, or was a value detached?\n")
+    )
     warnings.warn(
         f"the closed form is not the mode of {len(missed)} of {len(local)} units:\n"
-        f"{_listed(problem, missed, reason)}\n"
+        f"{_listed(problem, missed, reason)}\n{constant}"
         "A mode is that of the density in unconstrained space, log-Jacobian included. To search for it instead:\n"
         "    NewtonMode()",
         ModeWarning,

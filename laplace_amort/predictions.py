@@ -150,7 +150,10 @@ def predictive(
 ) -> Predictive:
     """Return a ``pyro.infer.Predictive``, to be called with the model's arguments; see :meth:`FitResult.predictive`."""
     if isinstance(units, type) or not isinstance(units, Units):
-        raise TypeError(f"units must be SeenUnits(), NewUnits() or ConditionedUnits.at(...), got {units!r}")
+        raise TypeError(
+            f"units must be SeenUnits(), NewUnits() or ConditionedUnits.at(...), got {units!r}. Arguments of "
+            "the model go into the second call:\n    result.predictive(NewUnits())(*args)"
+        )
     default = (units.args, dict(units.kwargs)) if isinstance(units, ConditionedUnits) else None
     with torch.no_grad():
         drawn = units.draw(posterior, target, num_samples, seed)

@@ -57,6 +57,8 @@ class Recording:
 
         :raises RecordingError: if they differ by more than rounding errors.
         """
+        # Data in float64 make a value in float64 of latents in float32, with the rounding errors of these.
+        rounding = max(torch.finfo(argument.dtype).eps for argument in (global_, local))
         for what, recorded, live in zip(
             ("value", "gradient in the globals", "gradient in the units"),
             _value_and_gradients(self, global_, local),
@@ -65,7 +67,7 @@ class Recording:
         ):
             finite = live[live.isfinite()]
             size = 1 + finite.abs().max() if finite.numel() else 1
-            same = (recorded - live).abs() <= torch.finfo(live.dtype).eps ** _SHARE * size
+            same = (recorded - live).abs() <= max(rounding, torch.finfo(live.dtype).eps) ** _SHARE * size
             if not (same | ~(live.isfinite() | recorded.isfinite())).all():
                 raise RecordingError(
                     f"the {what} of the recorded model differs from that of the model by "

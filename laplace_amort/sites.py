@@ -24,6 +24,7 @@ __all__ = [
     "check_plate_sizes",
     "find_sites",
     "init_to_zero",
+    "is_fixed",
     "log_abs_det",
     "plates_of",
     "refuse_subsampled",
@@ -100,7 +101,7 @@ def find_sites(trace: Any) -> dict[str, LatentSite]:
             event_dim=node["fn"].event_dim + len(shape) - len(constrained),
             start=start,
             plates=plates_of(node),
-            transform=transform if _is_fixed(node["fn"].support) else None,
+            transform=transform if is_fixed(node["fn"].support) else None,
             constrained_event_dim=node["fn"].event_dim,
             weighted=isinstance(node["scale"], Tensor)
             or node["scale"] != subsample_scale_of(plates_of(node))
@@ -153,12 +154,12 @@ def transform_of(node: Any) -> Transform:
         ) from error
 
 
-def _is_fixed(support: Any) -> bool:
+def is_fixed(support: Any) -> bool:
     """Whether a support is the same in every run: a constant of torch or Pyro, or made of such."""
     if hasattr(support, "base_constraint"):  # independent, or that of a mixture
-        return _is_fixed(support.base_constraint)
+        return is_fixed(support.base_constraint)
     if isinstance(support, constraints.cat | constraints.stack):
-        return all(_is_fixed(part) for part in support.cseq)
+        return all(is_fixed(part) for part in support.cseq)
     return any(support is constant for constant in vars(pyro.distributions.constraints).values())
 
 

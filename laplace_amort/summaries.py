@@ -10,6 +10,7 @@ from tabulate import tabulate
 from torch import Tensor
 
 from laplace_amort.family import LaplaceGaussian
+from laplace_amort.fit_status import FitStatus
 
 __all__ = ["globals_table", "summary_lines"]
 
@@ -68,6 +69,9 @@ def summary_lines(result: Any) -> list[str]:
     for what, report in (("globals", result.head_report), ("units", result.tail_report)):
         if report is not None and report.num_repaired:
             lines.append(f"the precision of the {what} is not that of a maximum: {report}")
+            if what == "globals" and result.num_draws and result.status is FitStatus.CONVERGED:
+                lines[-1] += "; do not rely on the scales, integrate over the units:\n"
+                lines[-1] += "    fit(model, guide, *args, objective=Ladder())"
     if len(result.optima) > 1:
         found = ", ".join(f"{optimum.objective:.6g} ({optimum.num_starts} starts)" for optimum in result.optima)
         lines.append(f"{len(result.optima)} optima were found: {found}")

@@ -37,6 +37,7 @@ class Target:
     def __init__(self, guide: AutoLaplaceFamily, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.guide = guide
         self.unit_model = guide.unit_model(*args, **kwargs)
+        self.unit_model.density.check_data()  # set-up has done so for the data of the first call alone
         self.first = guide.warm_start.state()
         self.not_recorded = ""
         self._integrals: tuple[UnitModel, UnitIntegrals] | None = None

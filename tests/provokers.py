@@ -74,6 +74,13 @@ def answers_of_groups(answers, design=None, inside=False):
         pyro.sample("z", dist.Bernoulli(logits=y[GROUP] if design is None else design @ y), obs=answers)
 
 
+def looked_up(group, size=6):
+    with pyro.plate("groups", 3):
+        y = pyro.sample("y", dist.Normal(0.0, 1.0))
+    with pyro.plate("answers", size):
+        pyro.sample("z", dist.Bernoulli(logits=y[group]), obs=ANSWERS)
+
+
 def loop(z=Z, size=None):
     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
     for i in pyro.plate("units", len(z), subsample_size=size):
@@ -274,6 +281,21 @@ MODEL_MESSAGES = {
     ),
     "ModelError: observed site '...' (...) has data of ..., which its density cannot take": lambda: run(
         answers_of_groups, ANSWERS.long()
+    ),
+    "ModelError: observed site '...' (...) has ... of ... values that are impossible, the first": lambda: run(
+        answers_of_groups, ANSWERS + 1
+    ),
+    "ModelError: observed site '...' has data that are no tensor, but": lambda: run(answers_of_groups, ANSWERS.numpy()),
+    "ModelError: the model got data that are no tensors after site": lambda: run(
+        answers_of_groups, ANSWERS, torch.eye(6, 3).numpy()
+    ),
+    "ModelError: '...' of a distribution ... after site '...' is NaN": lambda: run(
+        answers_of_groups, ANSWERS, torch.full((6, 3), torch.nan)
+    ),
+    "ModelError: the model looks up element ... after site '...', and there are": lambda: run(looked_up, GROUP + 1),
+    "ModelError: an index after site '...' is no integer": lambda: run(looked_up, GROUP.double()),
+    "ModelError: site '...' has ... elements, and lies in plate '...' of size ... Data and covariates must have": (
+        lambda: run(looked_up, GROUP, 5)
     ),
     "ModelError: the model puts tensors of different dtypes together": lambda: run(
         answers_of_groups, ANSWERS, torch.nn.functional.one_hot(GROUP).float()

@@ -134,7 +134,7 @@ def test_draws_that_can_never_be_enough_are_told():
     errors = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
     result = fit(funnel, guide_for(funnel), z, errors)
     assert result.status is FitStatus.TOO_FEW_DRAWS
-    assert "raise max_draws" in str(result)
+    assert "fit(model, guide, *args, objective=Ladder())" in str(result)
 
 
 # --------------------------------------------------------------------------------------------------- other strategies

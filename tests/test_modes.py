@@ -271,6 +271,27 @@ def test_closed_form_that_is_no_mode_warns_once() -> None:
         mode.prepare(problem.start).find(problem, problem.theta, problem.start)
 
 
+def test_closed_form_that_ignores_the_globals_is_told_so() -> None:
+    problem = normal(3)
+    for values in (lambda sites: torch.zeros(3, 1), lambda sites: sites["theta"].detach()[:1].expand(3, 1) + 9.0):
+        with pytest.warns(ModeWarning, match="does not depend on the globals at all"):
+            ClosedFormMode(lambda sites, values=values: {"y": values(sites)}).find(
+                problem, problem.theta, problem.start
+            )
+    with pytest.warns(ModeWarning) as caught:
+        ClosedFormMode(lambda sites: {"y": problem.mode(sites["theta"]) + 9.0}).find(
+            problem, problem.theta, problem.start
+        )
+    assert "does not depend" not in str(caught[0].message)
+
+
+def test_globals_that_overflow_are_a_mode_that_is_not_found() -> None:
+    problem = normal(3)
+    mode = ClosedFormMode(lambda sites: {"y": torch.zeros(3, 1)})
+    with pytest.raises(ModeNotFoundError, match="global site 'theta' overflows: it is"):
+        mode.find(problem, problem.theta + math.inf, problem.start)
+
+
 @pytest.mark.parametrize(
     ("density", "reason"), [(lambda y: y**2, "curves upwards"), (lambda y: y * math.nan, "inf standard deviations")]
 )

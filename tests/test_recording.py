@@ -12,7 +12,7 @@ from recordings import ELSEWHERE, POINT, derivatives, operations
 from torch import fx
 from unit_models import UNIT_MODELS, poisson_by_visit
 
-from laplace_amort import AutoLaplaceFamily
+from laplace_amort import AutoLaplaceFamily, RecordingError
 from laplace_amort.recording import record
 
 figures = Figures()
@@ -69,6 +69,21 @@ def test_float32(name):
     actual, expected = (derivatives(f, point_of(case, seed=3), order=2) for f in (recorded, unit_model.log_joint))
     assert actual.dtype == torch.float32
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_single_precision_beside_data_in_double_precision():
+    torch.set_default_dtype(torch.float32)
+    data = torch.linspace(-3.0, 3.0, 500, dtype=torch.float64)
+    point = torch.ones(1), torch.zeros(500, 1)
+
+    def log_joint(global_, local, factor=1.0):
+        return -factor * ((data - torch.sin(local[:, 0] + global_)) ** 2).sum()
+
+    recorded = record(log_joint, *point)
+    assert recorded(*point).dtype == torch.float64
+    recorded.check(lambda *at: log_joint(*at, factor=1 + 1e-6), *point)  # as single precision rounds
+    with pytest.raises(RecordingError, match="the value of the recorded model differs"):
+        recorded.check(lambda *at: log_joint(*at, factor=1 + 1e-3), *point)
 
 
 @pytest.mark.parametrize("name", ["with_params", "module"])

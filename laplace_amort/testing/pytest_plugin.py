@@ -5,7 +5,7 @@ It is asked for by name, in the root ``conftest.py`` of a suite::
     pytest_plugins = ["laplace_amort.testing.pytest_plugin"]
 
 Pytest loads nothing of it anywhere else: a plugin that registers itself would load torch at the start of every run in
-an environment, whatever it tests. It has no options, no hooks, and no fixture that acts on a test that has not named it.
+an environment, whatever it tests. It has no options, no hooks, and no fixture that acts on a test without being named.
 """
 
 from __future__ import annotations
