@@ -169,8 +169,8 @@ def _stochastic(
 
 
 def _in_short(problem: str) -> str:
-    """Without the lines to type, which are for those who compute such matrices themselves."""
-    return problem.partition("\n")[0].partition(" To repair")[0]
+    """The sentence and the first unit; without the lines to type, which are for those who compute matrices themselves."""
+    return "\n".join(problem.splitlines()[:2]).partition(" To repair")[0]
 
 
 def _result(run: Run, objective: Objective, ends: list[End], value: tuple[float, float], saved: _Saved) -> FitResult:

@@ -1,6 +1,5 @@
 """The command line: exit codes, what goes to stdout and what to stderr."""
 
-import dataclasses
 import importlib.metadata
 import io
 import subprocess
@@ -14,6 +13,7 @@ from pyro.infer import SVI
 
 import laplace_amort
 from laplace_amort import cli, demo
+from laplace_amort.commands import demo as demo_command
 
 CASES = """\
 import pyro
@@ -237,7 +237,7 @@ def test_demo_list_fits_nothing(capsys, monkeypatch):
     monkeypatch.delattr(demo, "run")
     code, out, err = run(capsys, "demo", "--list")
     assert (code, err) == (0, "")
-    assert [line.split()[0] for line in out.splitlines()] == list(demo.PROBLEMS)
+    assert [line.split()[0] for line in out.splitlines()] == [*demo.PROBLEMS, "senc"]
 
 
 def test_demo_options_reach_the_run(tmp_path, monkeypatch, capsys):
@@ -331,7 +331,8 @@ def test_output_that_nobody_takes(error, code, said, tmp_path, monkeypatch, caps
 def test_a_terminal_that_knows_ascii_only(monkeypatch):
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
-    monkeypatch.setattr(demo, "PROBLEMS", {"a": dataclasses.replace(demo.PROBLEMS["epil"], title="± \N{MINUS SIGN} é")})
+    odd = demo_command._DEMOS["epil"]._replace(title="± \N{MINUS SIGN} é")
+    monkeypatch.setitem(demo_command._DEMOS, "epil", odd)
     assert cli.main(["demo", "--list"]) == 0
     assert b"+- - ?" in raw.getvalue()
 
