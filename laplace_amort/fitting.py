@@ -169,7 +169,7 @@ def _stochastic(
 
 
 def _in_short(problem: str) -> str:
-    """The sentence and the first unit; without the lines to type, which are for those who compute matrices themselves."""
+    """The sentence and the first unit, without lines to type that are for those who compute matrices themselves."""
     return "\n".join(problem.splitlines()[:2]).partition(" To repair")[0]
 
 
