@@ -13,12 +13,11 @@ from pyro import poutine
 from laplace_amort import LogJoint
 from laplace_amort.cli import main
 from laplace_amort.examples import ecological, ecological_demo
-from laplace_amort.examples.ecological import PrecinctVotes, choice_rates, overall_rates
+from laplace_amort.examples.ecological import PrecinctVotes, choice_rates, draw_choices, overall_rates
 from laplace_amort.examples.ecological_plots import tables_figure
 from laplace_amort.examples.ecological_scores import (
     Score,
     TableEstimates,
-    draw_tables,
     log_evidence,
     overall_table,
     score_table,
@@ -160,7 +159,7 @@ def test_tables_are_drawn_with_the_voters_that_there_are():
     pyro.set_rng_seed(0)
     voters, _ = arguments()
     rates = torch.randn(4, 3, 3).softmax(-1)
-    tables = draw_tables(rates.expand(4000, 4, 3, 3), voters)
+    tables = draw_choices(voters, rates.expand(4000, 4, 3, 3))
     assert torch.equal(tables.sum(-1), voters.expand(4000, 4, 3))
     expected, error = voters.unsqueeze(-1) * rates, (voters.unsqueeze(-1) * rates * (1 - rates) / 4000).sqrt()
     assert ((tables.mean(0) - expected).abs() <= 6 * error).all()

@@ -55,6 +55,7 @@ __all__ = [
     "choice_rates",
     "contextual_model",
     "data",
+    "draw_choices",
     "model",
     "overall_rates",
     "shared_scale_model",
@@ -137,12 +138,7 @@ class PrecinctVotes(dist.TorchDistribution):
         shares = self.voters / self.voters.sum(-1, keepdim=True)
         shape = self._extended_shape(torch.Size(sample_shape))
         rates = (shares.unsqueeze(-1) * self.logits.softmax(-1)).sum(-2).expand(shape)
-        left, share = self.voters.sum(-1).round().expand(shape[:-1]), torch.ones_like(rates[..., 0])
-        votes = []
-        for rate in rates.unbind(-1)[:-1]:
-            votes.append(torch.distributions.Binomial(left, (rate / share).clamp(0, 1)).sample())
-            left, share = left - votes[-1], (share - rate).clamp(min=torch.finfo(rate.dtype).tiny)
-        return torch.stack([*votes, left], dim=-1)
+        return draw_choices(self.voters.sum(-1).round(), rates)
 
 
 def model(voters: Tensor, votes: Tensor | None = None) -> None:
@@ -205,6 +201,20 @@ def shared_scale_model(voters: Tensor, votes: Tensor | None = None) -> None:
 def choice_rates(eta: Tensor) -> Tensor:
     """Return the rates of each race's choices, ``(*, N, R, C)``, of contrasts ``eta (*, N, R, C - 1)``."""
     return pad(eta, (1, 0)).softmax(-1)
+
+
+@torch.no_grad()
+def draw_choices(voters: Tensor, rates: Tensor) -> Tensor:
+    """Draw how many voters make each choice, ``(*, C)``; one binomial for each choice.
+
+    :param Tensor voters: their number, ``(*)`` or what broadcasts to it.
+    :param Tensor rates: of the choices, ``(*, C)``.
+    """
+    left, share, counts = voters.expand(rates.shape[:-1]), torch.ones_like(rates[..., 0]), []
+    for rate in rates.unbind(-1)[:-1]:
+        counts.append(torch.binomial(left.contiguous(), (rate / share).clamp(0, 1)))
+        left, share = left - counts[-1], (share - rate).clamp(min=torch.finfo(rate.dtype).tiny)
+    return torch.stack([*counts, left], dim=-1)
 
 
 def overall_rates(rates: Tensor, voters: Tensor) -> Tensor:

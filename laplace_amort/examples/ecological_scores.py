@@ -9,18 +9,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyro
-import torch
 from tabulate import tabulate
 from torch import Tensor
 
 from laplace_amort import AutoLaplaceFamily, FitResult, MarginalCurvature, MarginalLaplace, fit
-from laplace_amort.examples.ecological import CHOICES, RACES, choice_rates
+from laplace_amort.examples.ecological import CHOICES, RACES, choice_rates, draw_choices
 
 __all__ = [
     "LEAST_VOTERS",
     "Score",
     "TableEstimates",
-    "draw_tables",
     "fit_tables",
     "log_evidence",
     "overall_table",
@@ -60,7 +58,7 @@ class TableEstimates:
         Voters choose by chance at these rates, and the truth is what they chose: so tables are drawn, with the numbers
         of voters ``voters (N, R)``.
         """
-        tables = draw_tables(rates, voters)
+        tables = draw_choices(voters, rates)
         shares = tables / voters.clamp(min=1).unsqueeze(-1)
         overall = tables.sum(1) / voters.sum(0).unsqueeze(-1)
         low, high = _quantiles(shares, ((1 - _LEVEL) / 2, (1 + _LEVEL) / 2))
@@ -148,20 +146,6 @@ def log_evidence(result: FitResult) -> float:
         raise ValueError(f"there is no posterior: {result.status}")
     scales = result.gaussian.precision.global_scale_tril.diagonal()
     return result.objective + float(scales.log().sum()) + len(scales) / 2 * math.log(2 * math.pi)
-
-
-@torch.no_grad()
-def draw_tables(rates: Tensor, voters: Tensor) -> Tensor:
-    """Draw what voters choose at given rates, ``(S, N, R, C)``; one binomial for each choice.
-
-    :param Tensor rates: ``(S, N, R, C)``.
-    :param Tensor voters: by race, ``(N, R)``.
-    """
-    left, share, counts = voters.expand(rates.shape[:-1]), torch.ones_like(rates[..., 0]), []
-    for rate in rates.unbind(-1)[:-1]:
-        counts.append(torch.binomial(left.contiguous(), (rate / share).clamp(0, 1)))
-        left, share = left - counts[-1], (share - rate).clamp(min=torch.finfo(rate.dtype).tiny)
-    return torch.stack([*counts, left], dim=-1)
 
 
 def overall_table(
