@@ -174,8 +174,7 @@ def unit_axis(gaussian: LaplaceGaussian, name: str) -> int:
     if name not in layout.local_sites:
         known = ", ".join(map(repr, layout.local_sites))
         raise ValueError(f"there is no site '{name}' in the units of plate '{layout.frame.name}'; there are {known}")
-    site = layout.local_sites[name]
-    return len(site.shape) - site.event_dim + int(layout.frame.dim)
+    return layout.unit_axis(name)
 
 
 def reference_values(reference: Any, name: str, shape: tuple[int, ...]) -> Any:

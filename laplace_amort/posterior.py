@@ -199,8 +199,7 @@ class Posterior:
 
     def unit_axis(self, name: str) -> int:
         """Return which axis of the constrained value of a local site holds the units."""
-        site, frame = self.gaussian.unit_model.density.sites[name], self.gaussian.unit_model.layout.frame
-        return len(site.shape) - site.event_dim + int(frame.dim)
+        return self.gaussian.unit_model.unit_axis(name)
 
     def summary(self) -> str:
         """Return a table of mean, standard deviation and quantiles of the globals."""
