@@ -49,8 +49,8 @@ from laplace_amort import (
     StudentPoints,
 )
 from laplace_amort import fit as fit_guide
-from laplace_amort.heads import Head
-from laplace_amort.objectives import Objective
+from laplace_amort.fitting.objectives.base import Objective
+from laplace_amort.guide.heads import Head
 
 # Objective and head of the guide, by label.
 RUNGS: dict[str, tuple[Objective, Head]] = {

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from laplace_amort import LogJoint
 from laplace_amort.examples import ecological, epil, multisite, radon
-from laplace_amort.layout import find_layout
+from laplace_amort.model.layout import find_layout
 
 LAYOUT = """\
     FOLDER/

@@ -19,8 +19,8 @@ from family_cost import counts, model
 from measure import machine, print_ratios, seconds
 
 from laplace_amort import AutoLaplaceFamily
-from laplace_amort.marginal import laplace_marginal
-from laplace_amort.recording import record
+from laplace_amort.autodiff.recording import record
+from laplace_amort.units.marginal import laplace_marginal
 
 
 def variants(num_units: int) -> tuple[dict[str, Callable[..., Any]], tuple[torch.Tensor, torch.Tensor]]:
@@ -30,7 +30,7 @@ def variants(num_units: int) -> tuple[dict[str, Callable[..., Any]], tuple[torch
     unit_model = guide.unit_model(counts(num_units))
     global_ = torch.tensor([0.5, -0.36])
     local = guide.mode.find(unit_model, global_, guide.warm_start.intercept).detach()
-    with mock.patch("laplace_amort.recording.simplified", lambda graph: (graph, 0)):
+    with mock.patch("laplace_amort.autodiff.recording.simplified", lambda graph: (graph, 0)):
         plain = record(unit_model.log_joint, global_, local)
     simplified = record(unit_model.log_joint, global_, local)
     return {"run": unit_model.log_joint, "recorded": plain, "simplified": simplified}, (global_, local)

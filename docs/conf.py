@@ -40,7 +40,10 @@ nitpick_ignore_regex = [
     ("py:.*", r"(collections|pathlib|typing|enum|functools)\..*"),
     ("py:.*", r"(Any|Callable|Iterable|Iterator|Mapping|Sequence|Path|Tensor|ELBO|NDArray|ndarray|Figure|tqdm)"),
     ("py:class", r"(laplace_amort\.\w+\.)?(Bound(ELBO|Nested|Units|Marginal)|StochasticState|Journal|UnitIntegrals)"),
-    ("py:class", r"(laplace_amort\.\w+\.)?(SubsampledPlate|ObservedSite|Drawn|Slopes|Self|Vector|Space|Value)"),
+    (
+        "py:class",
+        r"(laplace_amort\.\w+\.)?(SubsampledPlate|ObservedSite|Drawn|FirstDerivatives|Self|Vector|Space|Value)",
+    ),
 ]
 
 

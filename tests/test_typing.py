@@ -21,7 +21,7 @@ from laplace_amort import (
     AutoLaplaceFamily, DualPath, Ladder, LogJoint, MarginalCurvature, SoftAbs, check_paths, diagnose, dual_path,
     dual_path_param, fit, observed_information,
 )
-from laplace_amort.datasets import load, reference
+from laplace_amort.examples.datasets import load, reference
 from laplace_amort.plots import marginals_figure, save_figure
 from laplace_amort.testing import CheckSettings, check_guide
 

@@ -22,9 +22,9 @@ from laplace_amort import (
     MarginalQuadrature,
 )
 from laplace_amort import fit as fit_guide
-from laplace_amort.bound import BoundELBO, mean_of_pairs
-from laplace_amort.psis import pareto_smoothed
-from laplace_amort.target import Target
+from laplace_amort.fitting.objectives.elbo import ELBOFunction, mean_of_pairs
+from laplace_amort.guide.problem import Problem
+from laplace_amort.posterior.psis import pareto_smoothed
 
 HEADS = {"joint": JointCurvature, "marginal": MarginalCurvature}
 
@@ -135,13 +135,13 @@ def _limit(task: Task, guide: AutoLaplaceFamily, result: FitResult) -> dict[str,
 
 def _gap(task: Task, guide: AutoLaplaceFamily, reached: torch.Tensor) -> tuple[float, float, float, float]:
     """ELBO at the parameter reached less that at the limit, on the same draws; and the limit. Each with its error."""
-    target = Target(guide, task.pyro_args, {})
-    limit, numbers = target.loc.clone(), target.start.numel() + len(reached)
+    problem = Problem(guide, task.pyro_args, {})
+    limit, numbers = problem.loc.clone(), problem.start.numel() + len(reached)
     num_draws = int(min(4096, max(8, COMPARED_NUMBERS // numbers // 2 * 2)))
     size = min(64, num_draws)
     values = []
     for point in (reached, limit):
-        target.place(point)
-        batches = [BoundELBO(target, size, 10_000 + batch).values() for batch in range(num_draws // size)]
+        problem.place(point)
+        batches = [ELBOFunction(problem, size, 10_000 + batch).values() for batch in range(num_draws // size)]
         values.append(torch.cat([terms.unflatten(0, (2, -1)).mean(0) for terms in batches]).repeat(2))
     return *mean_of_pairs(values[0] - values[1]), *mean_of_pairs(values[1])

@@ -53,7 +53,7 @@ def simulate_radon(units: int, rng: np.random.Generator) -> Arrays:
 
 
 def _radon_minnesota() -> Arrays:
-    from laplace_amort import datasets
+    from laplace_amort.examples import datasets
 
     columns = {name: column.double().numpy() for name, column in datasets.load("radon_mn").items()}
     return {**columns, "county": columns["county"].astype(np.int64)}

@@ -45,7 +45,8 @@ from pyro.distributions import constraints
 from torch import Tensor
 from torch.nn.functional import pad
 
-from laplace_amort import AutoLaplaceFamily, datasets
+from laplace_amort import AutoLaplaceFamily
+from laplace_amort.examples import datasets
 
 __all__ = [
     "CHOICES",

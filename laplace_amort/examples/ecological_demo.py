@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from laplace_amort import FitStatus
-from laplace_amort.demo import own_settings
 from laplace_amort.examples import ecological
+from laplace_amort.examples.demo import own_settings
 from laplace_amort.examples.ecological_plots import tables_figure
 from laplace_amort.examples.ecological_scores import (
     Score,

@@ -29,7 +29,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from laplace_amort import AutoLaplaceFamily, datasets
+from laplace_amort import AutoLaplaceFamily
+from laplace_amort.examples import datasets
 
 __all__ = ["check_case", "data", "model"]
 

@@ -34,10 +34,10 @@ from laplace_amort import (
     LogJoint,
     SoftAbs,
     check_paths,
-    datasets,
     dual_path_param,
     observed_information,
 )
+from laplace_amort.examples import datasets
 
 __all__ = ["AmortizedGuide", "check_case", "closed_form_mode", "cubic_root", "data", "model"]
 

@@ -17,10 +17,9 @@ from laplace_amort import (
     MarginalCurvature,
     NewtonMode,
     SoftAbs,
-    datasets,
 )
-from laplace_amort.examples import epil, multisite, radon
-from laplace_amort.modes import Mode
+from laplace_amort.examples import datasets, epil, multisite, radon
+from laplace_amort.units import Mode
 
 __all__ = ["PROBLEMS", "REPAIR", "Estimates", "Problem"]
 

@@ -15,8 +15,8 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from laplace_amort.errors import GuideCheckError
-from laplace_amort.log_joint import LogJoint
-from laplace_amort.repair import SoftAbs
+from laplace_amort.linalg import SoftAbs
+from laplace_amort.model import LogJoint
 from laplace_amort.testing import checks
 from laplace_amort.testing.expected import ExpectedPrecision, expected_of
 from laplace_amort.testing.gaussian import GuideGaussian, is_base_site
@@ -29,7 +29,7 @@ __all__ = ["CheckSettings", "check_guide"]
 class CheckSettings:
     """How :func:`check_guide` checks.
 
-    :param ELBO elbo: whose gradient is checked; options A and B of :mod:`laplace_amort.routes` are ELBOs too.
+    :param ELBO elbo: whose gradient is checked; options A and B of :mod:`laplace_amort.guide.routes` are ELBOs too.
     :param precision: what the precision of the guide should be. By default that of
         :class:`~laplace_amort.AutoLaplaceFamily` is what its head, its repair and its unit plate ask for,
         :class:`~laplace_amort.testing.JointPrecision` or :class:`~laplace_amort.testing.MarginalPrecision`, and that

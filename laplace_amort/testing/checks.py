@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from laplace_amort.dual_path import CURVATURE, is_dual_edge
-from laplace_amort.graph import ancestors_of
-from laplace_amort.log_joint import LogJoint
+from laplace_amort.autodiff import CURVATURE, ancestors_of, is_dual_edge
+from laplace_amort.model import LogJoint
 from laplace_amort.testing.expected import ExpectedPrecision
 from laplace_amort.testing.finite_differences import derivative
 from laplace_amort.testing.gaussian import GuideGaussian, base_distribution

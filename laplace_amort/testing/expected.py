@@ -13,14 +13,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from laplace_amort.block_repair import RepairFunction, repair_head, repair_tails
+from laplace_amort.autodiff import observed_information, subsample_information
 from laplace_amort.errors import GuideCheckError
-from laplace_amort.guides import AutoLaplaceFamily
-from laplace_amort.heads import JointCurvature, MarginalCurvature
-from laplace_amort.information import observed_information, subsample_information
-from laplace_amort.layout import UnitLayout, find_layout
-from laplace_amort.log_joint import LogJoint
-from laplace_amort.repair import SoftAbs
+from laplace_amort.guide import AutoLaplaceFamily, JointCurvature, MarginalCurvature
+from laplace_amort.linalg import RepairFunction, SoftAbs, repair_head, repair_tails
+from laplace_amort.model import LogJoint, UnitLayout, find_layout
 from laplace_amort.testing.finite_differences import second_derivative
 
 __all__ = ["DensePrecision", "Expected", "ExpectedPrecision", "JointPrecision", "MarginalPrecision", "expected_of"]

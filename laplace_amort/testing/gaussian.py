@@ -17,9 +17,9 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from laplace_amort.autodiff import observed_information
 from laplace_amort.errors import GuideCheckError
-from laplace_amort.information import observed_information
-from laplace_amort.log_joint import LogJoint
+from laplace_amort.model import LogJoint
 
 __all__ = ["GuideGaussian", "base_distribution", "is_base_site"]
 

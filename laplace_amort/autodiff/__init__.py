@@ -1,0 +1,44 @@
+"""Functions of globals and units, and their derivatives: two paths of one parameter, information, recordings."""
+
+from laplace_amort.autodiff.batching import SeparableDensity, values_and_gradients
+from laplace_amort.autodiff.derivatives import differentiate, refuse_without_autograd, reverse_passes
+from laplace_amort.autodiff.graph import ancestors_of
+from laplace_amort.autodiff.information import (
+    ArrowheadBlocks,
+    FirstDerivatives,
+    arrowhead_information,
+    first_derivatives,
+    local_curvature,
+    local_information,
+    observed_information,
+    subsample_information,
+)
+from laplace_amort.autodiff.paths import CURVATURE, DualPath, DualPathParam, check_paths, dual_path, is_dual_edge
+from laplace_amort.autodiff.recording import Recording, record
+from laplace_amort.autodiff.structure import check_structure
+
+__all__ = [
+    "CURVATURE",
+    "ArrowheadBlocks",
+    "DualPath",
+    "DualPathParam",
+    "FirstDerivatives",
+    "Recording",
+    "SeparableDensity",
+    "ancestors_of",
+    "arrowhead_information",
+    "check_paths",
+    "check_structure",
+    "differentiate",
+    "dual_path",
+    "first_derivatives",
+    "is_dual_edge",
+    "local_curvature",
+    "local_information",
+    "observed_information",
+    "record",
+    "refuse_without_autograd",
+    "reverse_passes",
+    "subsample_information",
+    "values_and_gradients",
+]

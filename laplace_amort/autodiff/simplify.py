@@ -1,0 +1,178 @@
+r"""Algebra on recorded operations: the same function, in fewer and smaller operations.
+
+A density is written for any parameters, and what a model passes is often simpler: the logarithm of an exponential, or
+one scale for all units. Derivatives of third and fourth order pay for that many times over. Two things are changed:
+
+- a tensor that was expanded is used unexpanded by all that works element by element, and expanded after it if need be;
+- :math:`\log e^x = x`, :math:`z \log e^x = z x`, :math:`x^2 = x \cdot x`, and a division of many numbers by few is a
+  multiplication by their reciprocals;
+- where torch writes a smooth density with a kink, in Binomial, it is written without.
+
+Results are the same but for rounding errors; :func:`~laplace_amort.autodiff.recording.record` compares them.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy
+import torch
+from torch import Tensor, fx
+
+__all__ = ["simplified"]
+
+_aten: Any = torch.ops.aten
+
+_UNARY = ["abs", "cos", "digamma", "erf", "exp", "expm1", "lgamma", "log", "log1p", "neg", "reciprocal", "rsqrt"]
+_UNARY += ["sigmoid", "sin", "sqrt", "tanh"]
+_POINTWISE = {getattr(_aten, name).default for name in _UNARY} | {
+    _aten.add.Tensor,
+    _aten.add.Scalar,
+    _aten.sub.Tensor,
+    _aten.sub.Scalar,
+    _aten.rsub.Scalar,
+    _aten.mul.Tensor,
+    _aten.mul.Scalar,
+    _aten.div.Tensor,
+    _aten.div.Scalar,
+    _aten.pow.Tensor_Scalar,
+    _aten.pow.Tensor_Tensor,
+    _aten.xlogy.Tensor,
+}
+# Numbers that change nothing: support transforms are full of them.
+_NEUTRAL = {_aten.add.Tensor: 0, _aten.sub.Tensor: 0, _aten.mul.Tensor: 1, _aten.div.Tensor: 1}
+# What does nothing to the numbers themselves.
+_SAME = {_aten.alias.default, _aten.lift_fresh_copy.default, _aten.expand.default}
+
+
+class _Value(NamedTuple):
+    """A node of the new graph; it may be smaller than what it stands for, and is expanded to that when needed.
+
+    :param fx.Node node: in the new graph.
+    :param torch.Size shape: of the node.
+    :param fx.Node old: what it stands for; has the full shape and the dtype in ``meta``.
+    """
+
+    node: fx.Node
+    shape: torch.Size
+    old: fx.Node
+
+
+def simplified(graph: fx.Graph) -> tuple[fx.Graph, int]:
+    """Return a graph that does the same, and the bytes that all its results take.
+
+    :param fx.Graph graph: every node that is a tensor has its ``shape`` and ``dtype`` in ``meta``.
+    """
+    work = _Simplifier()
+    for node in graph.nodes:
+        work.take(node)
+    work.graph.eliminate_dead_code()
+    return work.graph, sum(int(node.meta.get("bytes", 0)) for node in work.graph.nodes)
+
+
+class _Simplifier:
+    def __init__(self) -> None:
+        self.graph = fx.Graph()
+        self.values: dict[fx.Node, _Value] = {}
+
+    def take(self, old: fx.Node) -> None:
+        """Put an old node into the new graph."""
+        if old.op == "call_function" and old.target in _SAME:
+            self.values[old] = self._of(old.args[0])._replace(old=old)
+        elif old.op == "call_function" and old.target in _POINTWISE and self._is_uniform(old):
+            self.values[old] = self._pointwise(old)
+        else:
+            node = self.graph.node_copy(old, self._expanded)
+            shape = old.meta.get("shape", torch.Size())
+            self._weigh(node, old, shape)
+            self.values[old] = _Value(node, shape, old)
+
+    def _pointwise(self, old: fx.Node) -> _Value:
+        target, args = self._rewritten(old.target, old)
+        if target is None:
+            result: _Value = args[0]
+            return result._replace(old=old)
+        shape = torch.Size(numpy.broadcast_shapes(*(a.shape for a in args if isinstance(a, _Value))))
+        nodes = tuple(a.node if isinstance(a, _Value) else a for a in args)
+        node = self.graph.call_function(target, nodes, dict(old.kwargs))
+        self._weigh(node, old, shape)
+        return _Value(node, shape, old)
+
+    def _rewritten(self, target: Any, old: fx.Node) -> tuple[Any, list[Any]]:
+        """The operation and its arguments, or None and the argument that is the result."""
+        args: list[Any] = [self._of(argument) if isinstance(argument, fx.Node) else argument for argument in old.args]
+        if target is _aten.log1p.default and (x := _in_kinked_softplus(args[0])) is not None:
+            return _smooth_kink, [args[0]._replace(node=x)]
+        if target in _NEUTRAL and not isinstance(args[1], _Value) and args[1] == _NEUTRAL[target]:
+            return None, args[:1]
+        if target is _aten.log.default and _is_exp(args[0]):
+            return None, [self._exponent(args[0])]
+        if target is _aten.xlogy.Tensor and _is_exp(args[1]):
+            return _aten.mul.Tensor, [args[0], self._exponent(args[1])]
+        if target is _aten.pow.Tensor_Scalar and args[1] == 2:
+            return _aten.mul.Tensor, [args[0], args[0]]
+        if target is _aten.div.Tensor and all(isinstance(a, _Value) for a in args):
+            few, many = args[1].shape.numel(), old.meta["shape"].numel()
+            if few < many:
+                node = self.graph.call_function(_aten.reciprocal.default, (args[1].node,))
+                self._weigh(node, old, args[1].shape)
+                return _aten.mul.Tensor, [args[0], args[1]._replace(node=node)]
+        return target, args
+
+    def _exponent(self, value: _Value) -> _Value:
+        """What the exponential was taken of; of the same shape."""
+        argument: Any = value.node.args[0]
+        return value._replace(node=argument)
+
+    def _of(self, argument: Any) -> _Value:
+        return self.values[argument]
+
+    def _expanded(self, argument: fx.Node) -> fx.Node:
+        """The node of an argument in its full shape."""
+        value, shape = self._of(argument), argument.meta.get("shape")
+        if shape is None or value.shape == shape:
+            return value.node
+        return self.graph.call_function(_aten.expand.default, (value.node, list(shape)))
+
+    def _is_uniform(self, old: fx.Node) -> bool:
+        """Whether the result has the dtype of all arguments, so that their ranks do not matter for it."""
+        dtypes = {argument.meta["dtype"] for argument in old.args if isinstance(argument, fx.Node)}
+        return dtypes == {old.meta["dtype"]} and not old.kwargs.get("rounding_mode")
+
+    def _weigh(self, node: fx.Node, old: fx.Node, shape: torch.Size) -> None:
+        is_view = node.op != "call_function" or _is_view(node.target)
+        itemsize = getattr(old.meta.get("dtype"), "itemsize", 0)
+        node.meta.update(bytes=0 if is_view else shape.numel() * itemsize, dtype=old.meta.get("dtype"))
+
+
+def _smooth_kink(x: Tensor) -> Tensor:
+    r"""Return :math:`\log(1 + e^{-|x|})` as :math:`\log(1 + e^x) - \max(x, 0)`.
+
+    Torch's Binomial adds the maximum again, and differentiated apart both are wrong at zero, from the second derivative
+    on: there, autograd takes the slope of an absolute value for zero. So the maximum cancels, and what is left is
+    smooth.
+    """
+    return -torch.nn.functional.logsigmoid(-x) - (x.clamp(min=0) + x - x.clamp(max=0)) / 2
+
+
+def _in_kinked_softplus(value: _Value) -> Any:
+    """The node of x, of :math:`e^{-|x|}`."""
+    node: Any = value.node
+    for target in (_aten.exp.default, _aten.neg.default, _aten.abs.default):
+        if not isinstance(node, fx.Node) or node.target is not target:
+            return None
+        node = node.args[0]
+    return node
+
+
+def _is_exp(value: Any) -> bool:
+    """Whether it is the exponential of real numbers; that of whole or complex ones has another inverse."""
+    if not isinstance(value, _Value) or value.node.target is not _aten.exp.default:
+        return False
+    argument: Any = value.node.args[0]
+    return bool(getattr(argument.meta.get("dtype"), "is_floating_point", False))
+
+
+def _is_view(target: Any) -> bool:
+    schema = getattr(target, "_schema", None)
+    return schema is not None and any(returned.alias_info is not None for returned in schema.returns)

@@ -1,0 +1,90 @@
+"""``laplace-amort check``: the gradient checks on a guide of the user's own."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+
+from laplace_amort.cli.exits import Exit, UsageError, complain, show_traceback, table_of_codes
+from laplace_amort.cli.settings import default_dtype
+from laplace_amort.cli.targets import current_directory_importable, describe, load_target
+from laplace_amort.errors import GuideCheckError
+
+__all__ = ["add_parser", "run"]
+
+_EPILOG = f"""\
+The factory takes no arguments and returns (model, guide, args) or (model, guide, args, kwargs). In mymodel.py:
+
+  def case():
+      data = torch.tensor([1.0, 4.0, 2.0])
+      return model, guide, (data,)
+
+  laplace-amort check mymodel.py:case
+
+It is called with float64 as default dtype and an empty parameter store. A name without .py is that of a module, which
+is also looked for in the current directory: laplace-amort check laplace_amort.examples.multisite:check_case
+
+If the guide repairs its precision by anything but SoftAbs(), say so in kwargs:
+
+      return model, guide, (data,), {{"settings": CheckSettings(repair=SoftAbs(floor=0.5))}}
+
+Every comparison is printed, whether it passed or not.
+
+exit codes:
+{table_of_codes()}
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command."""
+    parser = commands.add_parser(
+        "check",
+        help="check precision and gradients of a hand-written guide",
+        description="Check whether a guide has the precision and the ELBO gradient that it should have.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("target", metavar="FILE.py:FACTORY", help="or MODULE:FACTORY, a function without arguments")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Check, print every comparison, and return the exit code."""
+    from laplace_amort.testing import CheckSettings, check_guide  # a room that fitting does not need
+
+    with default_dtype(), current_directory_importable(), pyro.get_param_store().scope():
+        model, guide, args, kwargs = _case(options.target)
+        settings = kwargs.pop("settings", CheckSettings())
+        settings = dataclasses.replace(settings, progress=sys.stderr.isatty())
+        try:
+            print(check_guide(model, guide, *args, settings=settings, **kwargs))
+        except GuideCheckError as error:
+            if error.report is not None:
+                print(error.report)
+            return complain(str(error), Exit.FAILED)
+    return Exit.OK
+
+
+def _case(target: str) -> tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+    """Import the factory, call it and look at what it returned."""
+    factory = load_target(target, "FACTORY")
+    try:
+        case = factory()
+    except Exception as error:
+        show_traceback(error, getattr(getattr(factory, "__code__", None), "co_filename", None))
+        raise UsageError(f"{target}() raised {type(error).__name__}: {error}") from error
+    expected = "(model, guide, args) or (model, guide, args, kwargs)"
+    if not isinstance(case, tuple) or len(case) not in (3, 4):
+        raise UsageError(f"{target}() must return {expected}; it returned {describe(case)}")
+    model, guide, args, kwargs = (*case, {})[:4]
+    for name, value, wanted in (("model", model, Callable), ("guide", guide, Callable), ("kwargs", kwargs, dict)):
+        if not isinstance(value, wanted):  # type: ignore[arg-type]
+            raise UsageError(f"{target}() must return {expected}; {name} is {describe(value)}")
+    if not isinstance(args, tuple | list):
+        raise UsageError(f"{target}() must return {expected}; args is {describe(args)}, write (data,) for one argument")
+    return model, guide, tuple(args), dict(kwargs)

@@ -1,0 +1,259 @@
+"""``laplace-amort fit``: a model of the user's own, fitted to a CSV file."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+import pyro
+import torch
+
+import laplace_amort
+from laplace_amort import (
+    FitResult,
+    FitStatus,
+    FixedDrawELBO,
+    Ladder,
+    LaplaceAmortError,
+    MarginalLaplace,
+    MarginalQuadrature,
+    NestedELBO,
+    Stochastic,
+    diagnose,
+)
+from laplace_amort.cli.case import HEADS, MODES, Case, prepare
+from laplace_amort.cli.exits import Exit, Stop, UsageError, complain, show_traceback, table_of_codes
+from laplace_amort.cli.files import check_new, check_plot_path
+from laplace_amort.cli.report import Report, diagnosis_text, needs_pandas, write_all
+from laplace_amort.cli.settings import default_dtype, positive
+from laplace_amort.cli.targets import current_directory_importable, strategy
+from laplace_amort.errors import NUMERICAL_ERRORS
+from laplace_amort.fitting import summary_lines
+from laplace_amort.posterior import require_pandas
+
+__all__ = ["OBJECTIVES", "add_parser", "run"]
+
+OBJECTIVES = {
+    "ladder": Ladder(),
+    "laplace": MarginalLaplace(),
+    "quadrature": MarginalQuadrature(),
+    "elbo": FixedDrawELBO(),
+    "nested": NestedELBO(),
+    "stochastic": Stochastic(),
+}
+_FORMATS = {".csv", ".nc"}
+
+_EPILOG = f"""\
+The model is a Pyro model with a plate of units. Its parameters get the columns of the same names, as tensors with an
+element for each row. In mymodel.py:
+
+  def model(clinic, drug, healed, total):
+      mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+      effect = pyro.sample("effect", dist.Normal(0.0, 5.0))
+      sigma = pyro.sample("sigma", dist.HalfNormal(2.0))
+      with pyro.plate("clinics", int(clinic.max()) + 1):
+          level = pyro.sample("level", dist.Normal(mu, sigma))
+      with pyro.plate("rows", len(healed)):
+          logits = level[..., clinic] + effect * drug
+          pyro.sample("healed", dist.Binomial(total, logits=logits), obs=healed)
+
+  laplace-amort fit mymodel.py:model --data trial.csv
+
+Numbers are floating point numbers, but integers where the model indexes with them. Words become codes from 0 in
+alphabetical order, and their labels stand in the tables of the units. The only parameter without a column, if it is
+called data, frame or df, gets a dict of all columns. A function that returns (model, args) or (model, guide, args) is
+called with the columns, and what it returns is fitted: there is the place to prepare the data, and to choose a guide.
+
+On standard output: how the fit ended, its value, and what it took; then k-hat of the importance weights (above 0.7: do
+not rely on the result), and mean, standard deviation and quantiles of the globals. Progress and complaints go to
+standard error. After Ctrl-C what was found until then is shown and written; with --save it can go on:
+
+  laplace-amort fit mymodel.py:model --data trial.csv --save fit.pt
+  laplace-amort fit mymodel.py:model --data trial.csv --resume fit.pt
+
+exit codes:
+{table_of_codes()}
+"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command."""
+    parser = commands.add_parser(
+        "fit",
+        help="fit a model of your own to a CSV file",
+        description="Fit a Pyro model to the columns of a CSV file, and show the posterior.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("target", metavar="FILE.py:MODEL", help="or MODULE:MODEL, a Pyro model or what returns one")
+    _add_data_options(parser.add_argument_group("data"))
+    _add_fit_options(parser.add_argument_group("fit"))
+    _add_output_options(parser.add_argument_group("output"))
+    parser.set_defaults(run=run)
+
+
+def _add_data_options(group: Any) -> None:
+    group.add_argument(
+        "--data", type=Path, metavar="FILE", help="CSV with names in its first line; - for standard input"
+    )
+    group.add_argument("--separator", metavar="CHAR", help="between cells: comma, semicolon, tab, space or a character")
+    many: dict[str, Any] = {"action": "append", "default": []}
+    group.add_argument("--map", metavar="PARAM=COLUMN", **many, help="pass a column of another name; may be repeated")
+    group.add_argument("--arg", metavar="PARAM=VALUE", **many, help="pass a number, a list or a word; may be repeated")
+    group.add_argument("--categorical", metavar="COLUMN", **many, help="number the different values from 0")
+    group.add_argument("--index", metavar="COLUMN", **many, help="pass integers, also where it does not show that the "
+                       "model indexes with them")  # fmt: skip
+    group.add_argument("--drop-missing", action="store_true", help="leave out rows in which something is missing")
+
+
+def _add_fit_options(group: Any) -> None:
+    group.add_argument("--objective", default="ladder", metavar="NAME",
+                       help=f"{', '.join(OBJECTIVES)} (default ladder), or as 'Ladder(accuracy=0.01)'")  # fmt: skip
+    group.add_argument("--mode", metavar="NAME", help=f"{', '.join(MODES)} (default newton), or a call of one")
+    group.add_argument("--head", metavar="NAME", help=f"{', '.join(HEADS)} (default joint), for the ELBO")
+    group.add_argument("--unit-plate", metavar="PLATE", help="the plate of the units (default: the largest outermost)")
+    group.add_argument("--starts", type=positive, default=1, help="how many (default %(default)s)")
+    group.add_argument("--seed", type=int, default=0, help="of draws and starts (default 0)")
+    group.add_argument("--float32", action="store_true", help="compute in single precision")
+    group.add_argument("--resume", type=Path, metavar="FILE", help="go on from what --save has kept")
+    group.add_argument("--diagnose", action="store_true", help="say whether to believe the posterior; takes longer")
+
+
+def _add_output_options(group: Any) -> None:
+    group.add_argument("--units", action="store_true", help="show the units too (needs pandas)")
+    group.add_argument("--unit-labels", metavar="COLUMN", help="call the units by the labels of this column")
+    group.add_argument("--format", choices=("table", "csv"), default="table", help="of standard output (default table)")
+    group.add_argument("--output", type=Path, action="append", default=[], metavar="FILE",
+                       help="write the table (.csv) or draws for ArviZ (.nc); may be repeated")  # fmt: skip
+    group.add_argument("--draws", type=positive, metavar="N", help="draws in the .nc file (default 1000)")
+    group.add_argument("--plot", type=Path, metavar="FILE", help="plot the marginals of the globals (.png, .pdf, ...)")
+    group.add_argument("--save", type=Path, metavar="FILE", help="keep what a later fit needs to go on")
+    group.add_argument("--overwrite", action="store_true", help="write over files that are there")
+    group.add_argument("--quiet", action="store_true", help="nothing on standard error but complaints")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Fit, show, write, and return the exit code."""
+    objective = strategy(options.objective, OBJECTIVES, "--objective")
+    _check_outputs(options)
+    dtype = torch.float32 if options.float32 else torch.float64
+    with default_dtype(dtype), current_directory_importable(), pyro.get_param_store().scope():
+        case = prepare(options)
+        if not options.quiet:
+            print(case.told, file=sys.stderr, flush=True)
+        return _show(_fit(case, objective, options), case, options)
+
+
+def _fit(case: Case, objective: Any, options: argparse.Namespace) -> FitResult:
+    how = {"optimizer": objective} if isinstance(objective, Stochastic) else {"objective": objective}
+    try:
+        if options.unit_labels:  # not only after the fit
+            case.check_labels(options.unit_labels)
+        return laplace_amort.fit(
+            case.model,
+            case.guide,
+            *case.args,
+            **how,
+            starts=options.starts,
+            seed=options.seed,
+            progress=not options.quiet,
+            resume=options.resume,
+            **case.kwargs,
+        )
+    except Stop:
+        raise
+    except LaplaceAmortError as error:
+        seen = f"\n{case.suspect}" if case.suspect else ""
+        raise Stop(f"{type(error).__name__}: {error}{_on_the_command_line(str(error))}{seen}") from error
+    except TypeError as error:  # of --objective
+        raise UsageError(str(error)) from error
+    except Exception as error:
+        code = getattr(case.model, "__code__", None)
+        show_traceback(error, getattr(code, "co_filename", None))
+        raise Stop(f"the fit raised {type(error).__name__}: {error}") from error
+
+
+def _on_the_command_line(message: str) -> str:
+    """What a line of Python in a message is as an option."""
+    options = {
+        "optimizer=Stochastic()": "--objective stochastic",
+        "unit_plate=": "--unit-plate NAME",
+        "Start anew": "no --resume, or the --resume file of this very fit",
+    }
+    found = next((option for python, option in options.items() if python in message), "")
+    return f"\nOn the command line: {found}" if found else ""
+
+
+def _show(result: FitResult, case: Case, options: argparse.Namespace) -> int:
+    """Write the files, print the result, and say by the exit code what it is worth."""
+    report = Report(result, case, options)
+    try:
+        written = write_all(report, options.save, options.output, options.plot)
+        if options.format == "csv":
+            print("\n".join(summary_lines(result)), file=sys.stderr)
+            print(report.csv(), end="", flush=True)
+        else:
+            print(report.text(), flush=True)
+    except KeyboardInterrupt:  # in the posterior: what is known of the fit is known
+        print("\n".join(summary_lines(result)), flush=True)
+        raise
+    trusted = _diagnosed(report, options)
+    if result.status is FitStatus.INTERRUPTED:
+        how = f"go on with --resume {options.save}" if options.save else "with --save it could go on another time"
+        return complain(f"interrupted; {how}", Exit.INTERRUPTED)
+    if written is not Exit.OK:
+        return written
+    if not result.status.ok:
+        return complain("the fit has not converged", Exit.NOT_CONVERGED)
+    if report.posterior is None:
+        return complain(report.problem, Exit.FAILED)
+    return Exit.OK if trusted else Exit.NOT_TRUSTED
+
+
+def _diagnosed(report: Report, options: argparse.Namespace) -> bool:
+    """Print the diagnosis, if one is wanted and can be had, and return whether it is good."""
+    result = report.result
+    if not options.diagnose or result.status is FitStatus.INTERRUPTED or report.posterior is None:
+        return True
+    try:
+        diagnosis = diagnose(result, progress=not options.quiet)
+    except (*NUMERICAL_ERRORS, ValueError) as error:
+        complain(f"there is no diagnosis: {error}", Exit.NOT_TRUSTED)
+        return False
+    out = sys.stderr if options.format == "csv" else sys.stdout
+    print(f"\n{diagnosis_text(diagnosis)}", file=out, flush=True)
+    return diagnosis.ok
+
+
+def _check_outputs(options: argparse.Namespace) -> None:
+    """Find out before the fit what could not be written after it."""
+    for path in options.output:
+        if path.suffix.lower() not in _FORMATS:
+            raise UsageError(f"--output {path} must end in one of {', '.join(sorted(_FORMATS))}")
+        check_new(path, "the output", options.overwrite)
+    if options.save:
+        check_new(options.save, "the state of the fit", options.overwrite or options.save == options.resume)
+    if options.resume and not options.resume.is_file():
+        raise UsageError(f"there is no file {options.resume} to resume from")
+    to_arviz = any(path.suffix.lower() == ".nc" for path in options.output)
+    if options.draws and not to_arviz:
+        raise UsageError("--draws is for a file of draws:\n    --output posterior.nc")
+    try:
+        if options.plot:
+            check_plot_path(options.plot)
+            check_new(options.plot, "the plot", options.overwrite)
+        if needs_pandas(options):
+            require_pandas()
+        if to_arviz:
+            _require_netcdf()
+    except ImportError as error:
+        raise UsageError(str(error)) from error
+
+
+def _require_netcdf() -> None:
+    for names in (("arviz_base", "arviz"), ("h5netcdf", "netCDF4")):
+        if not any(importlib.util.find_spec(name) for name in names):
+            raise ImportError(f".nc files need {names[0]}:\n    python -m pip install 'laplace_amort[arviz]'")

@@ -1,0 +1,6 @@
+"""Whether to believe it: a diagnosis of a fit, in one table."""
+
+from laplace_amort.diagnostics.diagnose import diagnose, unit_tails
+from laplace_amort.diagnostics.findings import Diagnosis, Finding, Level, UnitTails
+
+__all__ = ["Diagnosis", "Finding", "Level", "UnitTails", "diagnose", "unit_tails"]

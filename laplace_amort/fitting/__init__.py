@@ -1,0 +1,33 @@
+"""How the parameter is found: objectives, optimizers, history, and the result."""
+
+from laplace_amort.fitting.evaluation import FitStatus
+from laplace_amort.fitting.fit import fit
+from laplace_amort.fitting.history import CHECK, Step
+from laplace_amort.fitting.journal import Journal
+from laplace_amort.fitting.objectives.elbo import FixedDrawELBO
+from laplace_amort.fitting.objectives.ladder import Ladder
+from laplace_amort.fitting.objectives.laplace import MarginalLaplace
+from laplace_amort.fitting.objectives.nested import NestedELBO
+from laplace_amort.fitting.objectives.quadrature import MarginalQuadrature
+from laplace_amort.fitting.optimizers import QuasiNewton, TrustRegion
+from laplace_amort.fitting.result import FitResult, Optimum, summary_lines
+from laplace_amort.fitting.stochastic import Stochastic
+
+__all__ = [
+    "CHECK",
+    "FitResult",
+    "FitStatus",
+    "FixedDrawELBO",
+    "Journal",
+    "Ladder",
+    "MarginalLaplace",
+    "MarginalQuadrature",
+    "NestedELBO",
+    "Optimum",
+    "QuasiNewton",
+    "Step",
+    "Stochastic",
+    "TrustRegion",
+    "fit",
+    "summary_lines",
+]

@@ -1,0 +1,100 @@
+"""What a deterministic objective gives back at a point, and what an optimizer gives back at its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+from laplace_amort.linalg import RepairReport
+from laplace_amort.types import Status, Vector
+
+__all__ = ["BoundObjective", "Evaluation", "FitStatus", "Function", "Maximum"]
+
+
+class Evaluation(NamedTuple):
+    """An objective at one point, in numbers that can be saved.
+
+    :param float value: of the objective, to be made large; minus infinity where it does not exist.
+    :param Vector gradient: ``(P,)``.
+    :param Vector information: the negative second derivative ``(P, P)``, or None if the objective has none at hand.
+    :param float standard_error: of the value, where it is an average over draws; else 0.
+    :param RepairReport head_report: what was repaired in the precision of the globals; None if nothing could be.
+    :param float rounding: relative rounding error of the arithmetic.
+    :param str problem: why the objective does not exist here; empty if it does.
+    """
+
+    value: float
+    gradient: Vector
+    information: Vector | None = None
+    standard_error: float = 0.0
+    head_report: RepairReport | None = None
+    rounding: float = 2.0**-52
+    problem: str = ""
+
+
+class BoundObjective(Protocol):
+    """An objective of the parameters of one guide at given data."""
+
+    num_draws: int
+
+    def point(self) -> Vector:
+        """Return where the parameters stand, ``(P,)``."""
+
+    def move(self, point: Vector) -> None:
+        """Put the parameters there."""
+
+    def __call__(self, point: Vector) -> Evaluation:
+        """Evaluate, without an error where the objective does not exist."""
+
+
+Function = Callable[[Vector], Evaluation]
+
+
+class Maximum(NamedTuple):
+    """Where an optimizer ended.
+
+    :param Vector point: ``(P,)``.
+    :param Evaluation evaluation: of the objective there.
+    :param FitStatus status: how it ended.
+    :param float gradient_norm: in posterior standard deviations: how far the optimum still is, to first order.
+    """
+
+    point: Vector
+    evaluation: Evaluation
+    status: FitStatus
+    gradient_norm: float
+
+
+class FitStatus(Status):
+    """How a fit ended; ``str(status)`` is the sentence that a user reads.
+
+    Example::
+
+        >>> print(FitStatus.CONVERGED)
+        converged: what is left of the gradient would move the optimum by less than the tolerance
+    """
+
+    CONVERGED = 0, "converged: what is left of the gradient would move the optimum by less than the tolerance"
+    MAX_STEPS = 1, "not converged in the steps allowed: raise max_steps of the optimizer"
+    TOO_FEW_DRAWS = (
+        2,
+        "converged for its own draws only: others have their optimum elsewhere, so the guide fits badly in some of its "
+        "tails; integrate over the units: fit(model, guide, *args, objective=Ladder())",
+    )
+    STUCK = (
+        3,
+        "not converged: no step improves the objective although its gradient is not zero; see the history for where it "
+        "does not exist, and start elsewhere",
+    )
+    START_FAILED = 4, "not begun: the objective does not exist at the start nor near it; pass another init_loc_fn"
+    NO_MAXIMUM = (
+        6,
+        "not converged: at the best point the objective is flat or curves upwards in some direction; are the globals "
+        "identified?",
+    )
+    INTERRUPTED = 5, "interrupted: the guide stands at the best point found; go on with resume="
+
+    @property
+    def ok(self) -> bool:
+        """Whether the fit converged."""
+        return self is FitStatus.CONVERGED

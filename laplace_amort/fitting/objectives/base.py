@@ -1,0 +1,119 @@
+"""Objectives function to a guide and its data: functions of one vector of parameters.
+
+A point where an objective does not exist, because a mode was not found or a density overflowed, has the value minus
+infinity and says why.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+import numpy
+import torch
+from torch import Tensor
+
+from laplace_amort.errors import NUMERICAL_ERRORS, ModeNotFoundError
+from laplace_amort.fitting.evaluation import Evaluation, Maximum
+from laplace_amort.fitting.history import History
+from laplace_amort.fitting.optimizers import Optimizer
+from laplace_amort.guide import LaplaceGaussian, Problem, set_vector, to_vector
+from laplace_amort.posterior import Posterior
+from laplace_amort.types import Vector
+
+__all__ = ["Objective", "ObjectiveFunction"]
+
+
+class ObjectiveFunction(ABC):
+    """What both have in common: parameters as a vector, and points where nothing can be computed.
+
+    :param Problem problem: the guide and the data.
+    :param parameters: leaves, to be moved in place.
+    """
+
+    num_draws = 0
+
+    def __init__(self, problem: Problem, parameters: Sequence[Tensor]) -> None:
+        self.problem = problem
+        self.parameters = list(parameters)
+
+    def point(self) -> Vector:
+        """Return where the parameters stand, ``(P,)``."""
+        return to_vector(self.parameters)
+
+    def move(self, point: Vector) -> None:
+        """Put the parameters there."""
+        set_vector(self.parameters, point)
+
+    def __call__(self, point: Vector) -> Evaluation:
+        """Evaluate, without an error where the objective does not exist."""
+        self.move(point)
+        try:
+            found = self._evaluate_with_second_thoughts()
+        except NUMERICAL_ERRORS as error:
+            return _nothing(point, f"{type(error).__name__}: {error}")
+        derivatives = [part for part in (found.gradient, found.information) if part is not None]
+        if not (math.isfinite(found.value) and all(numpy.isfinite(part).all() for part in derivatives)):
+            return _nothing(point, f"the objective is {found.value}, and its gradient {found.gradient.tolist()[:5]}")
+        return found._replace(rounding=torch.finfo(self.problem.loc.dtype).eps)
+
+    def _evaluate_with_second_thoughts(self) -> Evaluation:
+        """Where modes are not found from where they were last, look once more from the first start."""
+        warm_start = self.problem.guide.warm_start
+        try:
+            return self._evaluate()
+        except ModeNotFoundError:
+            state = warm_start.state()
+            try:
+                warm_start.restore(self.problem.first)
+                return self._evaluate()
+            except NUMERICAL_ERRORS:
+                warm_start.restore(state)
+                raise
+
+    @abstractmethod
+    def _evaluate(self) -> Evaluation:
+        """Evaluate where the parameters stand."""
+
+
+def _nothing(point: Vector, problem: str) -> Evaluation:
+    return Evaluation(-math.inf, numpy.full_like(point, numpy.nan), problem=problem)
+
+
+def _numpy(tensor: Tensor) -> Vector:
+    return tensor.double().cpu().numpy()
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """What a fit maximizes; any object with these."""
+
+    @property
+    def start_with(self) -> Objective | None:
+        """An objective whose optimum is the start; None for none."""
+
+    @property
+    def default_optimizer(self) -> Optimizer:
+        """What suits it."""
+
+    def check(self, problem: Problem) -> None:
+        """Refuse a model that this is no objective for.
+
+        :raises ModelError: naming what is in the way.
+        """
+
+    def gaussian(self, problem: Problem, maximum: Maximum) -> LaplaceGaussian:
+        """Return the posterior where the guide stands, as a Gaussian."""
+
+    def posterior(self, problem: Problem, gaussian: LaplaceGaussian, seed: int) -> Posterior:
+        """Return the posterior for use, as good as this objective knows it.
+
+        :param Problem problem: the model at its data.
+        :param LaplaceGaussian gaussian: what :meth:`gaussian` returned.
+        :param int seed: of draws.
+        """
+
+    def climb(self, run: History, optimizer: Optimizer) -> Maximum:
+        """Maximize from where the guide stands, and put the guide there."""

@@ -1,0 +1,182 @@
+"""An objective that climbs from rung to rung until the next one would change nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy
+import scipy.special
+import torch
+
+from laplace_amort.errors import NUMERICAL_ERRORS
+from laplace_amort.fitting.evaluation import Maximum
+from laplace_amort.fitting.history import History
+from laplace_amort.fitting.objectives.base import Objective
+from laplace_amort.fitting.objectives.laplace import MarginalLaplace
+from laplace_amort.fitting.objectives.quadrature import MarginalQuadrature
+from laplace_amort.fitting.optimizers import Optimizer, QuasiNewton, TrustRegion
+from laplace_amort.guide import LaplaceGaussian, Problem
+from laplace_amort.posterior import NestedUnits, Posterior, matched_normal
+from laplace_amort.units import Laplace, QuadraturePoints, QuadratureRule, UnitIntegrals, unit_moments
+
+__all__ = ["Ladder"]
+
+# Draws by which two rungs are compared.
+_DRAWS = 32
+
+
+class _Step(NamedTuple):
+    """By how much the next rung moves the posterior, at most: in posterior standard deviations, and as shares of them.
+
+    :param float mean: means of the globals.
+    :param float sd: standard deviations of the globals.
+    :param float unit_mean: means of the units.
+    :param float unit_sd: standard deviations of the units.
+    """
+
+    mean: float
+    sd: float
+    unit_mean: float
+    unit_sd: float
+
+    def within(self, accuracy: float) -> bool:
+        """Whether all of it is: of units it may be twice as much."""
+        return max(self.mean, self.sd, self.unit_mean / 2, self.unit_sd / 2) <= accuracy
+
+    def __str__(self) -> str:
+        return (
+            f"means by {self.mean:.2g} sd and standard deviations by {100 * self.sd:.2g} %, those of the units by "
+            f"{self.unit_mean:.2g} sd and {100 * self.unit_sd:.2g} %"
+        )
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """The marginal density of the globals, units integrated over by as many points as it takes.
+
+    It begins with one point for each unit (:class:`~laplace_amort.MarginalLaplace`) and goes on with grids of 5, 9, 17
+    and more along each dimension, or beyond three dimensions with 256 points and more, until the next rung would move
+    no mean and no standard deviation by more than the accuracy. The notes of the result tell what it did, and its
+    posterior is that of the rung it ended on.
+
+    Do not take it for the whole of a diagnosis: it compares integrals over units around one mode of each.
+    :func:`~laplace_amort.diagnose` looks for other modes, and at the globals.
+
+    :param float accuracy: in posterior standard deviations of the globals, and as a share of these; twice that for
+        units.
+    :param int max_points: of a rule, for each unit; where more would be needed, the fit ends with a note.
+
+    Example::
+
+        >>> import pyro, torch, pyro.distributions as dist
+        >>> from laplace_amort import AutoLaplaceFamily, fit
+        >>> def model(z):
+        ...     mu = pyro.sample("mu", dist.Normal(0., 1.))
+        ...     with pyro.plate("units", len(z)):
+        ...         y = pyro.sample("y", dist.Normal(mu, 1.))
+        ...         pyro.sample("z", dist.Bernoulli(logits=y), obs=z)
+        >>> pyro.clear_param_store()
+        >>> result = fit(model, AutoLaplaceFamily(model), torch.tensor([0., 1., 1.]), objective=Ladder())
+        >>> result.notes[0].split(":")[0]
+        'Laplace() is enough'
+    """
+
+    accuracy: float = 0.02
+    max_points: int = 2048
+
+    def __post_init__(self) -> None:
+        if not self.accuracy > 0:
+            raise ValueError(f"accuracy must be a positive number of standard deviations, got {self.accuracy}")
+
+    @property
+    def start_with(self) -> Objective | None:
+        """None: the first rung is the start of the others."""
+        return None
+
+    @property
+    def default_optimizer(self) -> Optimizer:
+        """What suits the rungs with points; the first has an optimizer of its own."""
+        return QuasiNewton()
+
+    def check(self, problem: Problem) -> None:
+        """Refuse what this objective is none for; see :class:`~laplace_amort.fitting.objectives.base.Objective`."""
+        MarginalQuadrature().check(problem)
+
+    def climb(self, run: History, optimizer: Optimizer) -> Maximum:
+        """Climb from where the guide stands, and put the guide at the optimum of the last rung."""
+        k, notes = run.problem.start.shape[1], []
+        rung: MarginalLaplace | MarginalQuadrature = MarginalLaplace()
+        rule: QuadratureRule = Laplace()
+        maximum = rung.climb(run, optimizer if isinstance(optimizer, TrustRegion) else rung.default_optimizer)
+        while maximum.status.ok:
+            finer = rule.finer(k)
+            step = _compared(run, maximum, rule, finer)
+            if step.within(self.accuracy):
+                notes.append(f"{rule} is enough: {finer} would move {step}")
+                break
+            if len(finer.points(k, run.problem.loc).points) > self.max_points:
+                notes.append(f"{rule} is the last rung, although {finer} would move {step}: see diagnose(result)")
+                break
+            notes.append(f"from {rule} to {finer}, which moves {step}")
+            rung, rule = MarginalQuadrature(finer), finer
+            maximum = rung.climb(run, optimizer if isinstance(optimizer, QuasiNewton) else rung.default_optimizer)
+        run.settle(maximum, rung, notes)
+        return maximum
+
+    def gaussian(self, problem: Problem, maximum: Maximum) -> LaplaceGaussian:
+        """Return the posterior as a Gaussian, with the curvature of the last rung for the globals."""
+        return MarginalLaplace().gaussian(problem, maximum)
+
+    def posterior(self, problem: Problem, gaussian: LaplaceGaussian, seed: int) -> Posterior:
+        """Return that of the first rung; the result of a fit has that of the last."""
+        return MarginalLaplace().posterior(problem, gaussian, seed)
+
+
+def _compared(run: History, maximum: Maximum, rule: QuadratureRule, finer: QuadratureRule) -> _Step:
+    """Compare two rules where the guide stands; what is kept for a fit that goes on are numbers."""
+    return _Step(*run.timed(f"{rule} against {finer}", lambda: tuple(_step(run.problem, maximum, rule, finer))))
+
+
+@torch.no_grad()
+def _step(problem: Problem, maximum: Maximum, rule: QuadratureRule, finer: QuadratureRule) -> _Step:
+    try:
+        gaussian = MarginalLaplace().gaussian(problem, maximum)
+        return _Step(*_moved(problem.integrals, gaussian, rule, finer), *_units_moved(problem, gaussian, rule, finer))
+    except NUMERICAL_ERRORS:
+        return _Step(*[numpy.inf] * 4)
+
+
+def _moved(
+    integrals: UnitIntegrals, gaussian: LaplaceGaussian, rule: QuadratureRule, finer: QuadratureRule
+) -> tuple[float, float]:
+    """The largest changes of means and standard deviations of the globals, by the same weighted draws for both."""
+    d = len(gaussian.global_loc)
+    if d == 0:
+        return 0.0, 0.0
+    z = matched_normal(max(_DRAWS, 8 * d), d, seed=0)
+    draws = gaussian.global_loc + torch.from_numpy(z).to(gaussian.global_loc) @ gaussian.precision.global_scale_tril.mT
+    start = NestedUnits(gaussian, integrals).start(draws)
+    moments = []
+    for one in (rule, finer):
+        points = one.points(gaussian.local_loc.shape[1], draws)
+        exact = integrals if isinstance(one, Laplace) else integrals.loose()
+        values = exact.values(points, QuadraturePoints.log_integral, draws, start).values
+        log_ratios = values.nan_to_num(nan=-torch.inf).double().cpu().numpy() + (z**2).sum(-1) / 2
+        weights = numpy.exp(log_ratios - scipy.special.logsumexp(log_ratios))
+        mean = weights @ z
+        moments.append((mean, numpy.sqrt(weights @ (z - mean) ** 2)))
+    (mean, sd), (true_mean, true_sd) = moments
+    return float((numpy.abs(mean - true_mean) / true_sd).max()), float(numpy.abs(sd / true_sd - 1).max())
+
+
+def _units_moved(
+    problem: Problem, gaussian: LaplaceGaussian, rule: QuadratureRule, finer: QuadratureRule
+) -> tuple[float, float]:
+    """The largest changes of conditional means and standard deviations of the units, at the center of the globals."""
+    there = problem.integrals.conditionals(gaussian.global_loc[None], gaussian.local_loc[None])
+    after = unit_moments(problem.integrals, there, gaussian.global_loc, finer)
+    mean, sd = torch.zeros_like(after.mean), torch.ones_like(after.sd)  # of one point, for a normal unit
+    if not isinstance(rule, Laplace):
+        mean, sd, _ = unit_moments(problem.integrals, there, gaussian.global_loc, rule)
+    return float(((mean - after.mean) / after.sd).abs().max()), float((sd / after.sd - 1).abs().max())

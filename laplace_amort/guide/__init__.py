@@ -1,0 +1,21 @@
+"""The amortized Laplace family: a Gaussian with one parameter, and a guide at given data as a problem."""
+
+from laplace_amort.guide.auto import AutoLaplaceFamily
+from laplace_amort.guide.gaussian import LaplaceGaussian, is_elementwise
+from laplace_amort.guide.heads import Head, JointCurvature, KnownCurvature, MarginalCurvature
+from laplace_amort.guide.params import dual_path_param
+from laplace_amort.guide.problem import Problem, set_vector, to_vector
+
+__all__ = [
+    "AutoLaplaceFamily",
+    "Head",
+    "JointCurvature",
+    "KnownCurvature",
+    "LaplaceGaussian",
+    "MarginalCurvature",
+    "Problem",
+    "dual_path_param",
+    "is_elementwise",
+    "set_vector",
+    "to_vector",
+]

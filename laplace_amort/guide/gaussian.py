@@ -1,0 +1,161 @@
+"""One member of the amortized Laplace family: the Gaussian that a guide is at its present parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.poutine.runtime import am_i_wrapped
+from torch import Tensor
+from torch.distributions.transforms import IndependentTransform, Transform
+
+from laplace_amort.errors import ModelError
+from laplace_amort.linalg import Arrowhead, RepairReport
+from laplace_amort.model import UnitModel
+
+__all__ = ["LaplaceGaussian", "is_elementwise"]
+
+_NODES = 41  # of the Gauss-Hermite rule for means in constrained space
+
+
+@dataclass(frozen=True)
+class LaplaceGaussian:
+    r"""A Gaussian over globals and units in unconstrained space, its precision a block arrowhead.
+
+    .. math:: \theta \sim N(\hat\theta, S^{-1}), \qquad
+              y_i \mid \theta \sim N\big(\hat y_i - W_i (\theta - \hat\theta),\; U_i^{-1}\big).
+
+    :param UnitModel unit_model: the model that it approximates, for given data.
+    :param Tensor global_loc: :math:`\hat\theta`, ``(d,)``.
+    :param Tensor local_loc: :math:`\hat y`, ``(N, k)``.
+    :param Arrowhead precision: of a unit as it is, without the weight of a minibatch.
+    :param RepairReport head_report: what was repaired in :math:`S`.
+    :param RepairReport tail_report: what was repaired in the :math:`U_i`.
+    """
+
+    unit_model: UnitModel
+    global_loc: Tensor
+    local_loc: Tensor
+    precision: Arrowhead
+    head_report: RepairReport
+    tail_report: RepairReport
+
+    def sample_sites(self, prefix: str, plates: dict[str, Any]) -> dict[str, Tensor]:
+        """In a guide: sample every latent site of the model.
+
+        :param str prefix: of the names of the auxiliary sites.
+        :param plates: the plates of the model, opened by the guide, by name.
+        :return: constrained values by site.
+        """
+        layout, frame = self.unit_model.layout, self.unit_model.layout.frame
+        global_ = self.global_loc
+        if layout.global_dim:
+            normal = dist.MultivariateNormal(self.global_loc, scale_tril=self.precision.global_scale_tril)
+            global_ = pyro.sample(f"_{prefix}_global", normal, infer={"is_auxiliary": True})
+        # Units are drawn as standard normals, which are then shifted and scaled: with plain elementwise densities for
+        # blocks of any size, and none of it on the way of the gradient but the log-determinant beside them.
+        zeros = torch.zeros_like(self.local_loc[0])
+        with plates[frame.name]:
+            standard = dist.Normal(zeros, torch.ones_like(zeros)).to_event(1)
+            noise = pyro.sample(f"_{prefix}_local_noise", standard, infer={"is_auxiliary": True})
+            if am_i_wrapped():  # a bare call has no density to keep
+                log_scale = self.precision.local_scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+                log_scale = log_scale.reshape((-1,) + (1,) * (-frame.dim - 1))
+                pyro.factor(f"_{prefix}_local_log_scale", -log_scale, has_rsample=True)
+        if not layout.global_dim:  # the enclosing plates show in the units alone
+            global_ = global_.expand(*noise.narrow(frame.dim - 1, 0, 1).shape[:-1], 0)
+        # Enclosing plates, such as vectorized particles, are made one leading dimension.
+        noise = noise.movedim(frame.dim - 1, -2)
+        noise = noise.reshape(-1, *noise.shape[-2:])
+        deviation = (global_ - self.global_loc).reshape(len(noise), layout.global_dim)
+        local = self._local(deviation, noise)
+        return self.unit_model.density.sample_values(layout.to_sites(global_, local), plates.values())
+
+    def sample(self, num_samples: int) -> dict[str, Tensor]:
+        """Draw from the Gaussian; returns constrained values ``(num_samples, *shape)`` by site."""
+        noise = torch.randn(num_samples, *self.local_loc.shape).to(self.local_loc)
+        deviation = torch.randn(num_samples, len(self.global_loc)).to(self.global_loc)
+        deviation = deviation @ self.precision.global_scale_tril.mT
+        return self.constrained(self.global_loc + deviation, self._local(deviation, noise))
+
+    def median(self) -> dict[str, Tensor]:
+        """Return the constrained image of the mean, by site: the median, where the support is element by element."""
+        layout = self.unit_model.layout
+        return self.unit_model.density.to_constrained(layout.to_sites(self.global_loc, self.local_loc))
+
+    def quantiles(self, quantiles: Sequence[float] | Tensor) -> dict[str, Tensor]:
+        """Return the constrained images of the marginal quantiles, ``(Q, *shape)`` by site.
+
+        :param quantiles: between 0 and 1.
+        """
+        probabilities = torch.as_tensor(quantiles).to(self.global_loc).reshape(-1)
+        return self._at(torch.special.ndtri(probabilities))
+
+    def mean(self) -> dict[str, Tensor]:
+        r"""Return the mean of each site in constrained space, by Gauss-Hermite quadrature of its normal marginals.
+
+        :raises ModelError: for a site whose support is not element by element, such as a simplex.
+        """
+        for name, site in self.unit_model.density.sites.items():
+            if site.transform is None or not is_elementwise(site.transform):
+                raise ModelError(
+                    f"the mean of site '{name}' is no integral over one normal variable; average draws instead:\n"
+                    f"    guide.sample_posterior(1000, *args)['{name}'].mean(0)"
+                )
+        nodes, weights = (torch.as_tensor(rule) for rule in numpy.polynomial.hermite_e.hermegauss(_NODES))
+        weights = (weights / weights.sum()).to(self.global_loc)
+        values = self._at(nodes.to(self.global_loc))
+        return {name: torch.tensordot(weights, value, dims=1) for name, value in values.items()}
+
+    def _local(self, deviation: Tensor, noise: Tensor) -> Tensor:
+        """Units ``(L, N, k)`` for deviations ``(L, d)`` of the globals and standard normal noise ``(L, N, k)``."""
+        return self.local_loc + self.precision.draw_local(deviation, noise)
+
+    def _at(self, z: Tensor) -> dict[str, Tensor]:
+        """Constrained values ``z (Q,)`` marginal standard deviations from the mean, ``(Q, *shape)`` by site."""
+        global_ = self.global_loc + z[:, None] * self.precision.global_variance().sqrt()
+        local = self.local_loc + z[:, None, None] * self.precision.local_variance().sqrt()
+        return self.constrained(global_, local)
+
+    def constrained_globals(self, global_: Tensor) -> dict[str, Tensor]:
+        """Return constrained values ``(Q, *shape)`` of the global sites, for globals ``(Q, d)``."""
+        layout = self.unit_model.layout
+        if any(site.transform is None for site in layout.global_sites.values()):  # one run of the model for each
+            rows = [self.unit_model.constrain_global(row) for row in global_]
+            return {name: torch.stack([row[name] for row in rows]) for name in layout.global_sites}
+        ranks = {name: len(site.shape) - site.event_dim for name, site in layout.global_sites.items()}
+        room = (1,) * max(ranks.values(), default=0)
+        unconstrained = layout.global_to_sites(global_.reshape(len(global_), *room, -1))
+        return {
+            name: _without_room(site.transform(unconstrained[name]), ranks[name] + site.constrained_event_dim)
+            for name, site in layout.global_sites.items()
+            if site.transform
+        }
+
+    def constrained(self, global_: Tensor, local: Tensor) -> dict[str, Tensor]:
+        """Return constrained values ``(Q, *shape)`` by site, for globals ``(Q, d)`` and units ``(Q, N, k)``."""
+        density = self.unit_model.density
+        ranks = {name: len(site.shape) - site.event_dim for name, site in density.sites.items()}
+        room = (1,) * max(ranks.values())  # for the plates of the model
+        unconstrained = self.unit_model.layout.to_sites(global_.reshape(len(global_), *room, -1), local)
+        values = density.to_constrained(unconstrained)
+        return {
+            name: _without_room(value, ranks[name] + density.sites[name].constrained_event_dim)
+            for name, value in values.items()
+        }
+
+
+def _without_room(value: Tensor, rank: int) -> Tensor:
+    return value.reshape(len(value), *value.shape[value.dim() - rank :])
+
+
+def is_elementwise(transform: Transform) -> bool:
+    """Whether each element of the constrained value is a function of one element of the unconstrained one."""
+    while isinstance(transform, IndependentTransform):
+        transform = transform.base_transform
+    return int(transform.domain.event_dim) == 0 and int(transform.codomain.event_dim) == 0

@@ -1,0 +1,26 @@
+"""A Pyro model as a function of two tensors, globals and units."""
+
+from laplace_amort.model.handlers import SubsampledPlate
+from laplace_amort.model.layout import UnitLayout, find_layout
+from laplace_amort.model.log_joint import LogJoint
+from laplace_amort.model.observed import ObservedSite, observed_sites, with_data_drawn
+from laplace_amort.model.sites import init_to_zero, plates_of
+from laplace_amort.model.terms import separated, unit_owners, unit_terms
+from laplace_amort.model.unit_model import UnitModel, UnitModels
+
+__all__ = [
+    "LogJoint",
+    "ObservedSite",
+    "SubsampledPlate",
+    "UnitLayout",
+    "UnitModel",
+    "UnitModels",
+    "find_layout",
+    "init_to_zero",
+    "observed_sites",
+    "plates_of",
+    "separated",
+    "unit_owners",
+    "unit_terms",
+    "with_data_drawn",
+]

@@ -1,0 +1,428 @@
+"""The log joint density of an existing Pyro model, as a function of its unconstrained latents.
+
+This is the one room that traces Pyro models. It knows sites, plates, supports, scales and subsample indices; the rooms
+below it know tensors only.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.distributions.util import broadcast_shape
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_mean, init_to_median
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import am_i_wrapped
+from torch import Tensor
+from torch.distributions.transforms import Transform
+
+from laplace_amort.errors import ModelError
+from laplace_amort.model import messages as model_errors
+from laplace_amort.model.handlers import Feed, Indices, SitePlates, no_open_plates, subsampled_plates, weight_context
+from laplace_amort.model.sites import (
+    IDENTITY,
+    LatentSite,
+    find_sites,
+    init_to_zero,
+    log_abs_det,
+    plates_of,
+    refuse_subsampled,
+    subsample_scale_of,
+    transform_of,
+)
+
+__all__ = ["LatentSite", "LogJoint"]
+
+
+class LogJoint:
+    r"""The log joint density :math:`\log p(x(u), z) + \log|\partial x/\partial u|` of a Pyro model, in unconstrained u.
+
+    The model is run as it is: scales, masks, ``pyro.factor`` and model-side ``pyro.param`` act, and the run is
+    invisible to enclosing handlers (the SVI trace, the plate of vectorized particles). Where a site lies in a
+    subsampled plate, the log-Jacobian is scaled with the plate as the density is; a mask or a ``poutine.scale`` leaves
+    it alone, because it changes the density and not the coordinates. Pyro's own automatic guides agree.
+
+    Do not use it for a model with discrete latents: sum them out first. Nor where ``obs_mask`` makes latents of
+    observations: those that were observed have no density in ``name_unobserved``, and so no curvature.
+
+    :param model: a Pyro model, with continuous latents only and the same latent sites in every run.
+    :param args: positional arguments of the model.
+    :param kwargs: keyword arguments of the model.
+    :raises ModelError: if a latent is discrete or its support cannot be unconstrained, or if there is no latent.
+
+    The latents are packed in the order in which the model samples them; ``print(log_joint)`` shows it. Calling it takes
+    either one mapping from site name to unconstrained value, or tensors that, flattened and concatenated, make up the
+    packed vector of ``D`` elements; it returns a scalar. So it fits :func:`~laplace_amort.observed_information`:
+    ``observed_information(log_joint, theta, y)``.
+
+    Example::
+
+        >>> import pyro, torch, pyro.distributions as dist
+        >>> def model(z):
+        ...     tau = pyro.sample("tau", dist.Exponential(1.))
+        ...     with pyro.plate("units", len(z)):
+        ...         y = pyro.sample("y", dist.Normal(0., tau))
+        ...         pyro.sample("z", dist.Normal(y, 1.), obs=z)
+        >>> log_joint = LogJoint(model, torch.tensor([1., -1.]))
+        >>> print(log_joint)
+        LogJoint of 3 unconstrained elements: tau (), y (2,)
+        >>> log_joint(torch.zeros(()), torch.ones(2))           # tau = exp(0), y = (1, 1)
+        tensor(-7.6758)
+        >>> log_joint.constrain(torch.zeros(3))
+        {'tau': tensor(1.), 'y': tensor([0., 0.])}
+    """
+
+    def __init__(self, model: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        self._set_up(model, args, kwargs, {})
+
+    @classmethod
+    def at_indices(
+        cls, indices: Mapping[str, Tensor], model: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> LogJoint:
+        """Like the constructor, with subsample indices, by plate name, fed from the start."""
+        log_joint = cls.__new__(cls)
+        log_joint._set_up(model, args, kwargs, indices)
+        return log_joint
+
+    def _set_up(
+        self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], indices: Mapping[str, Tensor]
+    ) -> None:
+        self.model = model
+        self.args = args
+        self.kwargs = kwargs
+        self.indices = dict(indices)
+        handler = Indices(self.indices, strict=False)
+        # Any feasible point shows the sites; a draw from a vague prior might overflow the likelihood. What it draws on
+        # the way must not change the draws of a guide that makes its LogJoint in every call.
+        with torch.random.fork_rng(devices=[]):
+            trace = self._run(InitMessenger(init_to_zero), handler)
+        self.sites = find_sites(trace)
+        self.subsampled_plates = subsampled_plates(trace, handler.given)
+        self.size = sum(site.shape.numel() for site in self.sites.values())
+        frames = [frame for node in trace.nodes.values() for frame in node.get("cond_indep_stack", ())]
+        self.max_plate_nesting = max((-frame.dim for frame in frames if frame.dim is not None), default=0)
+
+    def __repr__(self) -> str:
+        sites = ", ".join(f"{site.name} {tuple(site.shape)}" for site in self.sites.values())
+        return f"LogJoint of {self.size} unconstrained elements: {sites}"
+
+    def given(self, *args: Any, **kwargs: Any) -> LogJoint:
+        """Return the same log joint for other arguments of the same sizes, without looking for its sites again."""
+        other = copy.copy(self)
+        other.args, other.kwargs = args, kwargs
+        return other
+
+    def with_indices(self, **indices: Tensor) -> LogJoint:
+        """Return the same log joint with the given subsample indices, one ``(B,)`` tensor per plate name.
+
+        A guide that subsamples opens the plate itself and hands its indices on, so that the guide, this inner run and
+        SVI's own run of the model see the same units: ``log_joint.with_indices(units=plate.indices)``.
+        """
+        other = copy.copy(self)
+        other.indices = {**self.indices, **indices}
+        return other
+
+    def __call__(self, *values: Any) -> Tensor:
+        """Evaluate the log joint density; see the class for ``values``. Returns a scalar."""
+        if len(values) == 1 and isinstance(values[0], Mapping):
+            packed = self.pack(values[0])
+        elif values and all(isinstance(value, Tensor) for value in values):
+            packed = torch.cat([value.reshape(-1) for value in values])
+        else:
+            kinds = [type(value).__name__ for value in values]
+            raise TypeError(f"a LogJoint takes one mapping from site name to tensor, or tensors; got {kinds}")
+        return self.evaluate(self.unpack(packed))
+
+    def check_data(self) -> None:
+        """Refuse data that are impossible wherever the latents are, or NaN.
+
+        :raises ModelError: naming site, index and value.
+        """
+        with torch.random.fork_rng(devices=[]):
+            model_errors.refuse_impossible_data(self._run(InitMessenger(init_to_zero)))
+
+    def evaluate(self, unconstrained: Mapping[str, Tensor]) -> Tensor:
+        """Evaluate the log joint density at unconstrained values of every site; like a call, without packing."""
+        trace, log_jacobians = self._run_at(unconstrained)
+        try:
+            total: Any = trace.log_prob_sum()
+        except RuntimeError as error:
+            explained = model_errors.of_density(error, trace)
+            if explained is None:
+                raise
+            raise explained from error
+        for name, log_jacobian in log_jacobians.items():
+            total = total + subsample_scale_of(plates_of(trace.nodes[name])) * log_jacobian.sum()
+        return total
+
+    def terms(self, unconstrained: Mapping[str, Tensor]) -> list[tuple[str, tuple[Any, ...], Tensor]]:
+        """Evaluate the terms that the log joint density is the sum of, at unconstrained values of every site.
+
+        :param unconstrained: by site.
+        :return: for each site that has a density, and for each log-Jacobian: the name of the site, the frames of its
+            vectorized plates, and a term for each element of its batch shape, scales and masks applied.
+        """
+        trace, log_jacobians = self._run_at(unconstrained)
+        trace.compute_log_prob()
+        nodes = [node for node in trace.nodes.values() if node["type"] == "sample" and "log_prob" in node]
+        densities = [(node["name"], plates_of(node), node["log_prob"]) for node in nodes]
+        jacobians = []
+        for name, log_jacobian in log_jacobians.items():
+            plates = plates_of(trace.nodes[name])
+            jacobians.append((name, plates, subsample_scale_of(plates) * log_jacobian))
+        return densities + jacobians
+
+    def _run_at(self, unconstrained: Mapping[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
+        """Trace the model there; returns the log-Jacobians of the sites whose coordinates are others as well."""
+        feed = Feed(unconstrained, self.sites)
+        trace = self._run(feed)
+        self._refuse_change(feed.log_jacobians)
+        others = {name: part for name, part in feed.log_jacobians.items() if feed.transforms[name] is not IDENTITY}
+        return trace, others
+
+    def simulated(self, values: Mapping[str, Tensor]) -> LogJoint:
+        """Return the log joint of the same model for data that are drawn from it, and latents that are not given too.
+
+        It draws by torch's generator. Scales and masks do not change what is drawn.
+
+        :param values: constrained values of some latent sites, such as the globals.
+        :raises ModelError: if the data are, or are part of, a ``pyro.factor``, which nothing can be drawn from.
+        """
+        other, free = copy.copy(self), poutine.uncondition(self.model)
+        other.model = poutine.condition(free, data=dict(values))
+        with torch.no_grad(), pyro.validation_enabled(False):
+            drawn: Any = other._run(Messenger())
+        observed = {name: node for name, node in drawn.nodes.items() if node.get("infer", {}).get("was_observed")}
+        for name, node in observed.items():
+            if isinstance(node["fn"], dist.Unit):
+                raise ModelError(f"site '{name}' is a pyro.factor, which no data can be drawn from")
+        other.model = poutine.condition(free, data={name: node["value"] for name, node in observed.items()})
+        return other
+
+    def pack(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Concatenate unconstrained values of all sites into a vector ``(D,)``, in the order of the sites."""
+        self._check_names(values)
+        for name, site in self.sites.items():
+            if values[name].shape != site.shape:
+                raise ModelError(
+                    f"site '{name}' has unconstrained shape {tuple(site.shape)}, got {tuple(values[name].shape)}"
+                )
+        return torch.cat([values[name].reshape(-1) for name in self.sites])
+
+    def unpack(self, packed: Tensor) -> dict[str, Tensor]:
+        """Split a packed ``(*, D)`` into unconstrained values per site.
+
+        Leading dimensions are those of enclosing plates, such as Pyro's vectorized particles ``(P, 1)``; they broadcast
+        against the batch shape of each site, so that a site of shape ``(N,)`` comes out as ``(P, N)``.
+        """
+        if packed.shape[-1:] != (self.size,):
+            raise ModelError(
+                f"expected {self.size} unconstrained elements in the order "
+                f"{', '.join(f'{s.name} {tuple(s.shape)}' for s in self.sites.values())}; got shape "
+                f"{tuple(packed.shape)}"
+            )
+        values = {}
+        leading = packed.shape[:-1]
+        for name, site in self.sites.items():
+            plates = len(site.shape) - site.event_dim
+            if any(size != 1 for size in leading[max(len(leading) - plates, 0) :]):
+                raise ModelError(
+                    f"leading shape {tuple(leading)} of the packed values overlaps the batch shape "
+                    f"{tuple(site.shape[:plates])} of site '{name}'. Make room for it:\n"
+                    f"    packed.reshape({tuple(leading)} + (1,) * {plates} + (-1,))"
+                )
+            shape = broadcast_shape(site.shape, leading + (1,) * site.event_dim)
+            values[name] = packed[..., site.slice].reshape(shape)
+        return values
+
+    def constrain(self, packed: Tensor) -> dict[str, Tensor]:
+        """Return the constrained value of every site, for a packed ``(*, D)``; batched as by :meth:`unpack`."""
+        return self.to_constrained(self.unpack(packed))
+
+    def to_constrained(self, unconstrained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the constrained value of every site from its unconstrained one."""
+        return {name: transform(unconstrained[name]) for name, transform in self._transforms(unconstrained).items()}
+
+    def unconstrain(self, values: Mapping[str, Tensor]) -> Tensor:
+        """Return the packed vector ``(D,)`` of unconstrained values, for constrained values of every site."""
+        return self.pack(self.to_unconstrained(values))
+
+    def to_unconstrained(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the unconstrained value of every site from its constrained one.
+
+        :raises ModelError: if a value lies outside the support of its site, or on its boundary.
+        """
+        self._check_names(values)
+        transforms = self._fixed_transforms()
+        if len(transforms) < len(self.sites):
+            trace: Any = self._run(poutine.condition(data=dict(values)))
+            self._refuse_change(name for name in self.sites if name in trace.nodes)
+            transforms = {name: transform_of(trace.nodes[name]) for name in self.sites}
+        unconstrained = {name: transforms[name].inv(values[name]) for name in self.sites}
+        for name, value in unconstrained.items():
+            if not value.isfinite().all():
+                raise ModelError(
+                    f"the value of site '{name}' lies outside its support, or on its boundary: "
+                    f"{_first_not_finite(values[name], value)}. Did it overflow, or become NaN?"
+                )
+        return unconstrained
+
+    def initial(self, init_loc_fn: Callable[..., Any] = init_to_mean) -> Tensor:
+        """Return a packed start ``(D,)``, by one of Pyro's ``init_to_*`` strategies.
+
+        The default is the prior mean, given the means of the sites before it, because Pyro's ``init_to_median`` takes
+        the median of 15 draws: with a vague prior, somewhere else each time and far from anything. Where a mean does
+        not exist, it is that median all the same.
+        """
+        trace = self.prototype(init_loc_fn)
+        return self.pack({n: transform_of(trace.nodes[n]).inv(trace.nodes[n]["value"]) for n in self.sites}).detach()
+
+    def prototype(self, init_loc_fn: Callable[..., Any] = init_to_mean) -> Any:
+        """Return a trace of the model at the start that :meth:`initial` gives."""
+
+        def init(site: Any) -> Tensor:
+            try:
+                value = init_loc_fn(site)
+                # The mean of a heavy tail is infinite, and Pyro takes it for a value.
+                return value if value.isfinite().all() else init_to_median(site)
+            except NotImplementedError:  # nothing to sample from: an improper prior
+                return init_to_zero(site)
+
+        trace = self._run(InitMessenger(init))
+        self._refuse_change(name for name in self.sites if name in trace.nodes)
+        return trace
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Return the model's own parameters (``pyro.param``, weights of modules) by name: the unconstrained leaves."""
+        nodes: Any = self._run(InitMessenger(init_to_zero)).nodes
+        values = {name: node["value"].unconstrained() for name, node in nodes.items() if node["type"] == "param"}
+        return {name: value for name, value in values.items() if value.requires_grad}
+
+    def log_jacobian(self, packed: Tensor) -> Tensor:
+        r"""Return :math:`\log|\partial x/\partial u|` at a packed ``(D,)``, a scalar; without subsampling factors."""
+        unconstrained = self.unpack(packed)
+        total = packed.new_zeros(())
+        for name, transform in self._transforms(unconstrained).items():
+            value = unconstrained[name]
+            total = total + transform.log_abs_det_jacobian(value, transform(value)).sum()
+        return total
+
+    def subsample_scale(self) -> Tensor:
+        """Return the subsampling factor ``N / B`` of every packed element, ``(D,)``; all 1 without subsampling.
+
+        Both sizes are those found when this log joint was made. For :func:`~laplace_amort.subsample_information`.
+        """
+        return torch.cat([torch.full((site.shape.numel(),), site.subsample_scale) for site in self.sites.values()])
+
+    def sample_sites(self, packed: Tensor, plates: Iterable[pyro.plate] = ()) -> dict[str, Tensor]:
+        r"""In a guide: make every latent site of the model a deterministic function of one packed draw.
+
+        Each site becomes a ``Delta`` inside the plates that the model has around it. The log-Jacobian of a constrained
+        site is a ``pyro.factor`` beside it and not the ``log_density`` of the ``Delta``, because Pyro's
+        ``TraceMeanField_ELBO`` drops the latter.
+
+        Not for a subsampled plate: Pyro scales the density of each unit by ``N / B``, and the density of one joint draw
+        cannot be scaled by unit. There, sample the globals first and the units in a site of their own inside the plate.
+
+        :param Tensor packed: a draw ``(*, D)``, sampled in the guide at a site with ``infer={"is_auxiliary": True}``.
+        :param plates: plates of the model that the guide made itself; the others are made here.
+        :return: constrained values per site.
+        :raises ModelError: if a site lies in a subsampled plate.
+        """
+        for site in self.sites.values():
+            refuse_subsampled(site)
+        return self.sample_values(self.unpack(packed), plates)
+
+    def sample_values(
+        self, unconstrained: Mapping[str, Tensor], plates: Iterable[pyro.plate] = ()
+    ) -> dict[str, Tensor]:
+        """In a guide: like :meth:`sample_sites`, from unconstrained values of every site.
+
+        Where a plate is subsampled, the guide must have made it, and the values must be those of its indices.
+
+        :param unconstrained: values by site, each of the shape of the site, with dimensions of enclosing plates on the
+            left.
+        :param plates: plates of the model that the guide made itself; the others are made here.
+        :return: constrained values per site.
+        """
+        opened = {plate.name: plate for plate in plates}
+        transforms = self._transforms(unconstrained)
+        weights = self._weights(unconstrained)
+        values = {}
+        for name, site in self.sites.items():
+            value = transforms[name](unconstrained[name])
+            with SitePlates(site, opened):
+                # Weights are nothing to a Delta, but TraceMeanField_ELBO scales and masks the model's density by them.
+                with weights[name]:
+                    pyro.sample(name, dist.Delta(value, event_dim=site.constrained_event_dim))
+                if transforms[name] is not IDENTITY and am_i_wrapped():  # bare calls have no density to keep
+                    log_jacobian = log_abs_det(transforms[name], unconstrained[name], value, site.constrained_event_dim)
+                    pyro.factor(f"{name}_log_jacobian", -log_jacobian, has_rsample=True)
+            values[name] = value
+        return values
+
+    def _check_names(self, values: Mapping[str, Tensor]) -> None:
+        missing = [name for name in self.sites if name not in values]
+        unknown = [name for name in values if name not in self.sites]
+        if missing or unknown:
+            raise ModelError(f"expected a value for each of {list(self.sites)}; missing {missing}, unknown {unknown}")
+
+    def _refuse_change(self, found: Iterable[str]) -> None:
+        """Refuse a run of the model that had other latent sites than those found at set-up."""
+        changed = sorted(set(found) ^ set(self.sites))
+        if changed:
+            raise ModelError(f"the latent sites of the model changed between runs: {changed}; they must be fixed")
+
+    def _fixed_transforms(self) -> dict[str, Transform]:
+        """The transforms of the sites whose support depends on no other latent."""
+        return {name: site.transform for name, site in self.sites.items() if site.transform is not None}
+
+    def _transforms(self, unconstrained: Mapping[str, Tensor]) -> dict[str, Transform]:
+        known = self._fixed_transforms()
+        if len(known) == len(self.sites):
+            return known
+        # A support that depends on other latents, such as Uniform(0, theta), is known only once they are.
+        feed = Feed(unconstrained, self.sites)
+        self._run(feed)
+        self._refuse_change(feed.log_jacobians)
+        return {name: known.get(name, feed.transforms[name]) for name in self.sites}
+
+    def _weights(self, unconstrained: Mapping[str, Tensor]) -> dict[str, AbstractContextManager[Any]]:
+        """The ``poutine.scale`` and ``poutine.mask`` that the model has around each site, to enter once."""
+        if not any(site.weighted for site in self.sites.values()):
+            return {name: nullcontext() for name in self.sites}
+        nodes: Any = self._run(Feed(unconstrained, self.sites)).nodes
+        self._refuse_change(name for name in self.sites if name in nodes)
+        # The plates that the guide opens bring their own share of the scale.
+        return {
+            name: weight_context(nodes[name]["scale"] / subsample_scale_of(plates_of(nodes[name])), nodes[name]["mask"])
+            for name in self.sites
+        }
+
+    def _run(self, handler: Messenger, indices: Indices | None = None) -> poutine.Trace:
+        """Trace one run of the model under ``handler``, hidden from every handler outside."""
+        indices = Indices(self.indices, strict=True) if indices is None else indices
+        with no_open_plates(), poutine.block(), indices, handler:
+            tracer = poutine.trace(self.model)
+            try:
+                return tracer.get_trace(*self.args, **self.kwargs)
+            except (RuntimeError, ValueError, IndexError, TypeError) as error:
+                arguments = model_errors.arguments_of(self.model, self.args, self.kwargs)
+                explained = model_errors.of_run(error, tracer.trace, arguments)
+                if explained is None:
+                    raise
+                raise explained from error
+
+
+def _first_not_finite(constrained: Tensor, unconstrained: Tensor) -> str:
+    """Say what the value is where its unconstrained image is not finite; an event may have another shape there."""
+    index = (~unconstrained.isfinite()).nonzero()[0].tolist()
+    if constrained.shape != unconstrained.shape:
+        return f"one of its elements is {constrained.flatten().tolist()[:4]}"
+    return f"it is {constrained[tuple(index)].item():.4g}" + (f" at index {index}" if index else "")

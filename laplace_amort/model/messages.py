@@ -1,0 +1,221 @@
+"""What goes wrong in a user's model, in words that name the site and have the line to type."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from laplace_amort.errors import LaplaceAmortError, ModelError
+from laplace_amort.model.sites import is_fixed
+
+__all__ = ["arguments_of", "of_density", "of_run", "refuse_impossible_data"]
+
+# How torch says that an operation got tensors of two dtypes.
+_DTYPES = re.compile(r"\bdtype|scalar type|can't be cast|bool tensor", re.IGNORECASE)
+_OUTSIDE = re.compile(r"Shape mismatch inside plate\('(.+)'\) at site (\S+) dim -\d+, (\d+) vs (\d+)")
+_SHAPES = re.compile(r"\n *Trace Shapes:")  # which Pyro appends, indented by the longest name of a site
+_PARAMETER = re.compile(r"Expected parameter (\w+) .*of distribution (\w+).* the constraint (.+), but found")
+_BEYOND = re.compile(r"index (-?\d+) is out of bounds for dimension \d+ with size (\d+)")
+_ARRAY = re.compile(r"ndarray|'(Series|DataFrame)'")
+
+
+def arguments_of(model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call by the names that the model has for them, and by number where it has none."""
+    try:
+        return dict(inspect.signature(model).bind(*args, **kwargs).arguments)
+    except (TypeError, ValueError):
+        return {**{f"number {i}": value for i, value in enumerate(args)}, **kwargs}
+
+
+def of_run(error: Exception, trace: Any, arguments: Mapping[str, Any]) -> ModelError | None:
+    """Explain what a run of a model raised; None where its own message is the best.
+
+    :param Exception error: of Pyro, torch or Python.
+    :param trace: of the sites before it.
+    :param arguments: of the model, by name.
+    """
+    if isinstance(error, LaplaceAmortError):
+        said, *shapes = _SHAPES.split(str(error))  # shapes name no more sites
+        return ModelError(said) if shapes and type(error) is ModelError else None
+    line = str(error).split("\n")[0]
+    if isinstance(error, IndexError | TypeError):
+        return _of_lookup(error, line, trace)
+    parameter = _PARAMETER.search(line)
+    if parameter:
+        return _of_parameter(parameter, trace, arguments) if "nan" in str(error) else None
+    mismatch = _OUTSIDE.search(line)
+    if mismatch:
+        return _of_size(mismatch, trace, arguments)
+    if isinstance(error, RuntimeError) and _DTYPES.search(line):
+        after = _after(trace, with_dtype=True)
+        return ModelError(
+            f"the model puts tensors of different dtypes together{after}: {line}. Latents have the dtype of their "
+            f"distributions, dist.Normal(0., 1.) the default, which is {torch.get_default_dtype()}. Give data the "
+            "same, or make another the default before the model runs first:\n"
+            "    data = data.to(torch.get_default_dtype())\n"
+            "    torch.set_default_dtype(torch.float64)"
+        )
+    return None
+
+
+def _of_size(mismatch: re.Match[str], trace: Any, arguments: Mapping[str, Any]) -> ModelError:
+    """A site that is longer than its plate: the plate of the units, or one whose columns differ in length."""
+    plate, site, size, found = mismatch.groups()
+    said = f"site '{site}' has {found} elements, and lies in plate '{plate}' of size {size}"
+    latent = [node for node in _samples(trace) if not node["is_observed"]]
+    if any(frame.name == plate for node in latent for frame in node["cond_indep_stack"]):
+        return ModelError(
+            f"{said}. Observations of which there are several for each unit have a plate of their own, beside that of "
+            f"the units, and look their unit up:\n    with pyro.plate('{site}_plate', {found}):\n"
+            f"        pyro.sample('{site}', dist...(y[unit_of_each]), obs={site})"
+        )
+    shapes = {name: tuple(value.shape) for name, value in arguments.items() if isinstance(value, Tensor)}
+    return ModelError(
+        f"{said}. Data and covariates must have an element for each observation; the arguments of the model have the "
+        f"shapes {shapes}. If {found} is right:\n    with pyro.plate('{plate}', {found}):"
+    )
+
+
+def _of_lookup(error: Exception, line: str, trace: Any) -> ModelError | None:
+    """An index that torch does not take, or a number that is no tensor."""
+    beyond = _BEYOND.search(line)
+    if beyond:
+        index, size = beyond.groups()
+        return ModelError(
+            f"the model looks up element {index}{_after(trace)}, and there are {size}, from 0 to {int(size) - 1}. Make "
+            "the plate larger, or number the units from 0 without gaps:\n"
+            "    unit = torch.unique(unit, return_inverse=True)[1]"
+        )
+    if isinstance(error, IndexError) and "used as indices" in line:
+        return ModelError(f"an index{_after(trace)} is no integer: {line}. Make it one:\n    unit = unit.long()")
+    if _ARRAY.search(line):
+        return ModelError(
+            f"the model got data that are no tensors{_after(trace)}: {line}. Make tensors of them:\n"
+            "    data = torch.as_tensor(data, dtype=torch.get_default_dtype())"
+        )
+    return None
+
+
+def _of_parameter(parameter: re.Match[str], trace: Any, arguments: Mapping[str, Any]) -> ModelError:
+    """A parameter of a distribution that is NaN, most often because a covariate is missing."""
+    name, kind, constraint = parameter.groups()
+    said = f"'{name}' of a distribution {kind}{_after(trace)} is NaN, and must satisfy {constraint}"
+    for argument, value in arguments.items():
+        if isinstance(value, Tensor) and value.is_floating_point() and value.isnan().any():
+            index = value.isnan().nonzero()[0].tolist()
+            return ModelError(
+                f"{said}. Argument {argument} of the model is NaN at index {index}, and {int(value.isnan().sum())} of "
+                f"its {value.numel()} values are. Leave these observations out, of all columns, or fill them in:\n"
+                f"    keep = ~{argument}.isnan()\n    {argument} = {argument}[keep]"
+            )
+    return ModelError(f"{said}. Are values missing in the data? This says where:\n    data.isnan().nonzero()")
+
+
+def refuse_impossible_data(trace: Any) -> None:
+    """Refuse data that no value of the latents makes possible, before a fit searches for one.
+
+    A distribution without validation (``validate_args=False``) takes what it is given, except NaN.
+
+    :param trace: of a run of the model, with supports that may depend on latents; these are left alone.
+    :raises ModelError: naming site, index and value.
+    """
+    for node in trace.nodes.values():
+        if node["type"] != "sample" or not node["is_observed"] or site_is_subsample(node):
+            continue
+        name, value, fn = node["name"], node["value"], node["fn"]
+        if not isinstance(value, Tensor):
+            if hasattr(value, "__array__"):
+                raise ModelError(
+                    f"observed site '{name}' has data that are no tensor, but {type(value).__name__}. Make one:\n"
+                    f"    pyro.sample('{name}', ..., obs=torch.as_tensor(data, dtype=torch.get_default_dtype()))"
+                )
+            continue
+        allowed, kind = _allowed(fn, value)
+        if node["mask"] is not None and isinstance(allowed, Tensor):
+            masked = torch.as_tensor(node["mask"], device=value.device)
+            allowed = allowed | ~masked.reshape(masked.shape + (1,) * fn.event_dim)
+        if not allowed.all():
+            raise _impossible(name, kind, fn, value, allowed.broadcast_to(value.shape))
+
+
+def _allowed(fn: Any, value: Tensor) -> tuple[Tensor, str]:
+    """Whether each element is possible, and what the distribution is called."""
+    finite = ~value.isnan() if value.is_floating_point() else torch.ones_like(value, dtype=torch.bool)
+    while type(fn).__name__ == "Independent":
+        fn = fn.base_dist
+    validates = getattr(fn, "_validate_args", False)
+    if type(fn).__name__ == "MaskedDistribution":
+        return torch.ones_like(finite), type(fn).__name__
+    # Bounds of integers are data, of real numbers they may be latents.
+    fixed = getattr(fn, "support", None) if validates and not fn.event_dim else None
+    if fixed is not None and (fixed.is_discrete or is_fixed(fixed)):
+        return finite & fixed.check(value), type(fn).__name__
+    return finite, type(fn).__name__
+
+
+def _impossible(name: str, kind: str, fn: Any, value: Tensor, allowed: Tensor) -> ModelError:
+    index = (~allowed).nonzero()[0].tolist()
+    first = value[tuple(index)]
+    said = (
+        f"observed site '{name}' ({kind}) has {int((~allowed).sum())} of {value.numel()} values that are impossible, "
+        f"the first {first.item():.6g} at index {index}"
+    )
+    if first.isnan():
+        return ModelError(
+            f"{said}. Leave these observations out, with their covariates, or mask them:\n"
+            f"    pyro.sample('{name}', dist...mask(~data.isnan()), obs=data.nan_to_num())"
+        )
+    if kind in ("Bernoulli", "Categorical") and value.min() == 1:
+        return ModelError(f"{said}. Labels begin with 0:\n    pyro.sample('{name}', ..., obs=data - 1)")
+    return ModelError(
+        f"{said}: the support is {fn.support}. If the data are right, take another distribution, or one that does not "
+        f"check:\n    pyro.sample('{name}', dist.{kind}(..., validate_args=False), obs=data)"
+    )
+
+
+def _after(trace: Any, with_dtype: bool = False) -> str:
+    """Where in the model that was: after its last site."""
+    sites = _samples(trace)
+    if not sites:
+        return ""
+    return f" after site '{sites[-1]['name']}'" + (f" ({sites[-1]['value'].dtype})" if with_dtype else "")
+
+
+def of_density(error: Exception, trace: Any) -> ModelError | None:
+    """Explain what the densities of a run raised; None where no site has data of a dtype that it cannot take.
+
+    :param Exception error: of torch.
+    :param trace: of the run.
+    """
+    if not _DTYPES.search(str(error)):
+        return None
+    for node in _samples(trace):
+        floating = node["value"].to(torch.get_default_dtype())
+        if node["is_observed"] and (problem := _problem(node, node["value"])) and not _problem(node, floating):
+            return ModelError(
+                f"observed site '{node['name']}' ({type(node['fn']).__name__}) has data of {node['value'].dtype}, "
+                f"which its density cannot take: {problem.rstrip('.')}. Make them floating-point numbers:\n"
+                f"    pyro.sample('{node['name']}', ..., obs=data.to(torch.get_default_dtype()))"
+            )
+    return None
+
+
+def _problem(node: Any, value: Tensor) -> str:
+    """What torch says of the density of a value at a site; nothing if it has one."""
+    try:
+        node["fn"].log_prob(value)
+    except RuntimeError as error:
+        return str(error).splitlines()[0]
+    return ""
+
+
+def _samples(trace: Any) -> list[Any]:
+    """The sites that have a value with a dtype."""
+    nodes = [node for node in trace.nodes.values() if node["type"] == "sample" and not site_is_subsample(node)]
+    return [node for node in nodes if isinstance(node["value"], Tensor)]

@@ -1,0 +1,77 @@
+"""What a model observes, and the model with that drawn instead."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pyro.distributions as dist
+import torch
+from pyro.poutine.uncondition_messenger import UnconditionMessenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from laplace_amort.model.sites import init_to_zero, plates_of
+from laplace_amort.model.unit_model import UnitModel
+
+__all__ = ["ObservedSite", "observed_sites", "with_data_drawn"]
+
+
+class ObservedSite(NamedTuple):
+    """An observed site, or one that is a function of latents.
+
+    :param str name: of the site.
+    :param Tensor value: what was observed, in the shape of the site; of a function of latents, its value at the start.
+    :param tuple plates: the frames of its vectorized plates.
+    :param int event_dim: rightmost dimensions that belong to one observation.
+    :param bool deterministic: whether it is a ``pyro.deterministic``.
+    """
+
+    name: str
+    value: Tensor
+    plates: tuple[Any, ...]
+    event_dim: int
+    deterministic: bool
+
+
+def observed_sites(model: UnitModel) -> dict[str, ObservedSite]:
+    """Return the observed and the deterministic sites of a model, by name; a ``pyro.factor`` is none.
+
+    :param UnitModel model: at its data.
+    """
+    found = {}
+    with torch.random.fork_rng(devices=[]):  # it must not change the draws of a prediction
+        trace = model.density.prototype(init_to_zero)
+    for name, node in trace.nodes.items():
+        if node["type"] != "sample" or not node["is_observed"] or site_is_subsample(node):
+            continue
+        fn, value = node["fn"], torch.as_tensor(node["value"])
+        kind = _unwrapped(fn)
+        if isinstance(kind, dist.Unit):
+            continue
+        deterministic = isinstance(kind, dist.Delta)  # also where a reparameterization made it
+        value = value if deterministic else value.expand(fn.shape())
+        # Unless told otherwise, Pyro takes all of a function of latents for one event, and repeats it in every plate.
+        event_dim = fn.event_dim if value.shape == fn.shape() else 0
+        found[name] = ObservedSite(name, value.detach(), plates_of(node), event_dim, deterministic)
+    return found
+
+
+def _unwrapped(fn: Any) -> Any:
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return fn
+
+
+def with_data_drawn(model: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a model whose observations are drawn."""
+    drawn: Callable[..., Any] = _Uncondition()(model)
+    return drawn
+
+
+class _Uncondition(UnconditionMessenger):
+    """As ``poutine.uncondition``, but not for functions of latents: Pyro would draw these anew in every plate."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not isinstance(_unwrapped(msg["fn"]), dist.Delta):
+            super()._pyro_sample(msg)

@@ -1,0 +1,210 @@
+"""The latent sites of a Pyro model: where each lies in the packed vector, and how it is unconstrained.
+
+Reads the nodes of traces that :mod:`laplace_amort.model.log_joint` makes; traces nothing itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import pyro.distributions
+import torch
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+from torch.distributions import biject_to, constraints
+from torch.distributions.transforms import Transform
+
+from laplace_amort.errors import ModelError
+
+__all__ = [
+    "IDENTITY",
+    "LatentSite",
+    "check_plate_sizes",
+    "find_sites",
+    "init_to_zero",
+    "is_fixed",
+    "log_abs_det",
+    "plates_of",
+    "refuse_subsampled",
+    "subsample_scale_of",
+    "transform_of",
+]
+
+IDENTITY = biject_to(constraints.real)
+
+
+@dataclass(frozen=True)
+class LatentSite:
+    """One latent sample site of a model, and its place in the packed vector.
+
+    :param str name: name of the site.
+    :param torch.Size shape: of the unconstrained value, dimensions of plates included.
+    :param int event_dim: rightmost dimensions of ``shape`` that belong to one draw.
+    :param int start: offset of the first element in the packed vector.
+    :param tuple plates: the frames of the vectorized plates around the site, outermost first.
+    :param transform: from unconstrained to constrained; ``None`` where the support depends on other latents.
+    :param int constrained_event_dim: rightmost dimensions of the constrained value that belong to one draw.
+    :param bool weighted: whether the model has a ``poutine.scale`` or ``poutine.mask`` around the site.
+    :param tuple sequential_plates: names of the plates around the site that are loops in Python.
+    """
+
+    name: str
+    shape: torch.Size
+    event_dim: int
+    start: int
+    plates: tuple[Any, ...]
+    transform: Transform | None
+    constrained_event_dim: int
+    weighted: bool
+    sequential_plates: tuple[str, ...] = ()
+
+    @property
+    def slice(self) -> slice:
+        """Where the site lies in the packed vector."""
+        return slice(self.start, self.start + self.shape.numel())
+
+    @property
+    def subsample_scale(self) -> float:
+        """Product of ``N / B`` over the subsampled plates around the site."""
+        return subsample_scale_of(self.plates)
+
+
+def init_to_zero(site: Any) -> Tensor:
+    """The image of zero, which is feasible; also where Pyro's own strategies give up."""
+    _refuse_unless_continuous(site)
+    transform = transform_of(site)
+    try:
+        like = site["fn"].sample()
+    except NotImplementedError:
+        like = torch.zeros(())
+    return transform(like.new_zeros(transform.inverse_shape(site["fn"].shape())))
+
+
+def find_sites(trace: Any) -> dict[str, LatentSite]:
+    """Return the latent sites of a trace, in the order of the model.
+
+    :raises ModelError: if there is none, or one cannot be handled.
+    """
+    sites: dict[str, LatentSite] = {}
+    start = 0
+    for name, node in trace.nodes.items():
+        if node["type"] != "sample" or node["is_observed"] or site_is_subsample(node):
+            continue
+        transform = transform_of(node)
+        constrained = node["fn"].shape()
+        shape = torch.Size(transform.inverse_shape(constrained))
+        sites[name] = LatentSite(
+            name=name,
+            shape=shape,
+            event_dim=node["fn"].event_dim + len(shape) - len(constrained),
+            start=start,
+            plates=plates_of(node),
+            transform=transform if is_fixed(node["fn"].support) else None,
+            constrained_event_dim=node["fn"].event_dim,
+            weighted=isinstance(node["scale"], Tensor)
+            or node["scale"] != subsample_scale_of(plates_of(node))
+            or node["mask"] is not None,
+            sequential_plates=tuple(frame.name for frame in node["cond_indep_stack"] if not frame.vectorized),
+        )
+        start += shape.numel()
+    if not sites:
+        raise ModelError("the model has no latent sample site: every one is observed, so there is nothing to infer")
+    return sites
+
+
+def _refuse_unless_continuous(node: Any) -> None:
+    if node["fn"].has_enumerate_support or node["fn"].support.is_discrete:
+        raise ModelError(
+            f"latent site '{node['name']}' is discrete ({type(node['fn']).__name__}{_within(node)}), and a Hessian "
+            "needs continuous latents. If it is data, obs= is missing; if it is unknown, sum it out:\n"
+            f"    pyro.sample('{node['name']}', ..., obs=data)\n"
+            "    pyro.sample('observed', dist.MixtureSameFamily(dist.Categorical(probs), dist_in_each_state), obs=data)"
+        )
+    for frame in node["cond_indep_stack"]:
+        if not frame.vectorized and frame.full_size is not None and frame.size != frame.full_size:
+            raise ModelError(
+                f"latent site '{node['name']}' lies in the sequential, subsampled plate '{frame.name}'; vectorize it:\n"
+                f"    with pyro.plate('{frame.name}', {frame.full_size}, subsample_size={frame.size}) as indices: ..."
+            )
+
+
+def _within(node: Any) -> str:
+    names = ", ".join(f"'{frame.name}'" for frame in node["cond_indep_stack"])
+    return f", in plate {names}" if names else ""
+
+
+def transform_of(node: Any) -> Transform:
+    """The bijection from unconstrained space onto the support of a site; the identity is always the same object."""
+    support = node["fn"].support
+    if type(support).__name__ == "MixtureSameFamilyConstraint":
+        support = support.base_constraint  # biject_to does not know the wrapper
+    base = support
+    while isinstance(base, constraints.independent):
+        base = base.base_constraint
+    if base is constraints.real:
+        return IDENTITY
+    try:
+        return biject_to(support)
+    except NotImplementedError as error:
+        raise ModelError(
+            f"the support {support} of latent site '{node['name']}' ({type(node['fn']).__name__}) has no bijection "
+            "from unconstrained space. Write the site in other coordinates, for instance with pyro.infer.reparam."
+        ) from error
+
+
+def is_fixed(support: Any) -> bool:
+    """Whether a support is the same in every run: a constant of torch or Pyro, or made of such."""
+    if hasattr(support, "base_constraint"):  # independent, or that of a mixture
+        return is_fixed(support.base_constraint)
+    if isinstance(support, constraints.cat | constraints.stack):
+        return all(is_fixed(part) for part in support.cseq)
+    return any(support is constant for constant in vars(pyro.distributions.constraints).values())
+
+
+def log_abs_det(transform: Transform, value: Tensor, constrained: Tensor, event_dim: int) -> Tensor:
+    """log |dx/du| per batch element: shape of the constrained value less its event dimensions."""
+    log_jacobian = transform.log_abs_det_jacobian(value, constrained)
+    surplus = log_jacobian.dim() - (constrained.dim() - event_dim)
+    return log_jacobian.sum(tuple(range(-surplus, 0))) if surplus else log_jacobian
+
+
+def plates_of(node: Any) -> tuple[Any, ...]:
+    """The frames of the vectorized plates around a site."""
+    return tuple(frame for frame in node["cond_indep_stack"] if frame.vectorized)
+
+
+def subsample_scale_of(plates: Iterable[Any]) -> float:
+    """Product of ``N / B`` over these plates."""
+    scale = 1.0
+    for frame in plates:
+        scale *= frame.full_size / frame.size
+    return scale
+
+
+def check_plate_sizes(site: LatentSite, plates: Iterable[Any]) -> None:
+    """Refuse a plate that has grown or shrunk: the indices that are fed would hide it."""
+    sizes = {frame.name: frame.full_size for frame in site.plates}
+    for frame in plates:
+        if frame.full_size != sizes.get(frame.name):
+            raise ModelError(
+                f"plate '{frame.name}' around site '{site.name}' has size {frame.full_size} in this run of the model, "
+                f"and had {sizes.get(frame.name)} when its sites were looked for: did the arguments of the model "
+                "change size? Make a new LogJoint for them. An automatic guide does that when it sees another shape; "
+                "so if the size follows from values, pass it as an argument too:\n"
+                f"    def model(..., num_{frame.name}): ..."
+            )
+
+
+def refuse_subsampled(site: LatentSite) -> None:
+    """Refuse a site in a subsampled plate, whose density is that of a joint draw."""
+    for frame in site.plates:
+        if frame.size != frame.full_size:
+            raise ModelError(
+                f"site '{site.name}' lies in plate '{frame.name}', which subsamples {frame.size} of "
+                f"{frame.full_size}; the density of a joint draw cannot be scaled by unit. Sample the globals "
+                f"first, then the units inside the plate:\n"
+                f"    with pyro.plate('{frame.name}', {frame.full_size}, subsample_size={frame.size}):\n"
+                f"        pyro.sample('{site.name}', dist.Normal(loc_given_globals, scale))"
+            )

@@ -1,0 +1,211 @@
+"""A Pyro model of many units, as a function of two tensors: the globals and the units' latents."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+
+from laplace_amort.autodiff import Recording, record
+from laplace_amort.errors import ModelError
+from laplace_amort.model.handlers import SubsampledPlate
+from laplace_amort.model.layout import UnitLayout, find_layout
+from laplace_amort.model.log_joint import LogJoint
+
+__all__ = ["UnitModel", "UnitModels"]
+
+
+class UnitModel:
+    r"""The log joint :math:`f(\theta, y)` of a Pyro model for given data, globals ``(d,)`` and units ``(N, k)`` apart.
+
+    It is what the rooms below Pyro know of a model. Terms of the units carry the weight ``N / B`` of a minibatch.
+
+    :param LogJoint density: of the model, with its arguments and subsample indices.
+    :param UnitLayout layout: which site is where.
+    :param Tensor units: index of each unit in the whole plate, ``(N,)``.
+    """
+
+    def __init__(self, density: LogJoint, layout: UnitLayout, units: Tensor) -> None:
+        self.density = density
+        self.layout = layout
+        self.units = units
+        self.recording: Recording | None = None
+
+    def recorded(self, global_: Tensor, local: Tensor) -> UnitModel:
+        """Return the same model as a recording of its tensor operations, for many evaluations with the same data.
+
+        :param Tensor global_: where to record, ``(d,)``.
+        :param Tensor local: ``(N, k)``.
+        :raises RecordingError: if it cannot be recorded; see :func:`~laplace_amort.autodiff.recording.record`.
+        """
+        other = copy.copy(self)
+        other.recording = record(self.log_joint, global_, local)
+        return other
+
+    def live(self) -> UnitModel:
+        """Return the same model as runs of its Python."""
+        other = copy.copy(self)
+        other.recording = None
+        return other
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        """Positional arguments of the model."""
+        return self.density.args
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        """Keyword arguments of the model."""
+        return self.density.kwargs
+
+    def log_joint(self, global_: Tensor, local: Tensor) -> Tensor:
+        """Evaluate the log joint in unconstrained space, a scalar; arguments that overflow give NaN, not an error."""
+        if self.recording is not None:
+            return self.recording(global_, local)
+        # A trial point of a mode search may overflow in one unit; that unit alone is to step back.
+        with pyro.validation_enabled(False):
+            return self.density.evaluate(self.layout.to_sites(global_, local))
+
+    def terms(self, global_: Tensor, local: Tensor) -> list[tuple[str, tuple[Any, ...], Tensor]]:
+        """Return the terms that the log joint is the sum of, by site, from a run; see :meth:`LogJoint.terms`."""
+        with pyro.validation_enabled(False):
+            return self.density.terms(self.layout.to_sites(global_, local))
+
+    def constrain_global(self, global_: Tensor) -> dict[str, Tensor]:
+        """Return the constrained values of the global sites, by name."""
+        sites, unconstrained = self.layout.global_sites, self.layout.global_to_sites(global_)
+        if any(site.transform is None for site in sites.values()):
+            # A support that depends on other latents takes a run of the model; where the units are does not matter.
+            anywhere = global_.new_zeros(self.layout.num_units, self.layout.local_dim)
+            everything = self.density.to_constrained(self.layout.to_sites(global_, anywhere))
+            return {name: everything[name] for name in sites}
+        return {name: site.transform(unconstrained[name]) for name, site in sites.items() if site.transform}
+
+    def unconstrain_local(self, values: Mapping[str, Tensor], global_: Tensor) -> Tensor:
+        """Join constrained values of the local sites into ``(N, k)``.
+
+        :param values: by name, each of the shape of its site.
+        :param Tensor global_: the globals, on which the support of a local site may depend.
+        :raises ModelError: if a value has another shape than its site, or lies outside its support.
+        """
+        for name, site in self.layout.local_sites.items():
+            rank = len(site.shape) - site.event_dim  # only the event may have another shape when constrained
+            if name in values and values[name].shape[:rank] != site.shape[:rank]:
+                raise ModelError(
+                    f"the value of local site '{name}' has shape {tuple(values[name].shape)}, and the site has batch "
+                    f"shape {tuple(site.shape[:rank])}: one value for each unit"
+                )
+        unconstrained = self.density.to_unconstrained({**self.constrain_global(global_), **values})
+        return self.layout.local_from_sites(unconstrained)
+
+    def unit_axis(self, name: str) -> int:
+        """Return the axis of the units in a value of a local site, constrained or not."""
+        return self.layout.unit_axis(name)
+
+    def describe(self, unit: int) -> str:
+        """Name a unit of this run, for messages."""
+        sites = ", ".join(repr(name) for name in self.layout.local_sites)
+        return f"unit {int(self.units[unit])} of plate '{self.layout.frame.name}' ({sites})"
+
+    def start(self, init_loc_fn: Callable[..., Any]) -> tuple[Tensor, Tensor]:
+        """Return globals and units at the start that one of Pyro's ``init_to_*`` strategies gives."""
+        return self.layout.from_sites(self.density.unpack(self.density.initial(init_loc_fn)))
+
+    def check_deterministic(self, global_: Tensor, local: Tensor) -> None:
+        """Evaluate twice at one point.
+
+        :raises ModelError: if the two differ, because the model draws something that is not among its latent sites.
+        """
+        with torch.no_grad():
+            first, second = (self.log_joint(global_, local) for _ in range(2))
+        # Sums on a GPU need not agree to the last bit.
+        if bool((first - second).abs() > torch.finfo(first.dtype).eps ** 0.5 * (1 + first.abs())):
+            raise ModelError(
+                f"the log joint of the model is {float(first)} and then {float(second)} at one and the same latents: "
+                "it draws random numbers elsewhere than in its visible latent sites. Is there dropout in a network, or "
+                "noise by torch.randn? Switch it off, or make it a pyro.sample:\n"
+                "    network.eval()\n"
+                "Does poutine.block hide a latent from this guide, as in an AutoGuideList? Give the hidden site a "
+                "value:\n    AutoLaplaceFamily(poutine.condition(model, data={'site': value}))"
+            )
+
+
+class UnitModels:
+    """Makes the :class:`UnitModel` of each call of a guide, and the plates that go with it.
+
+    The sites of the model are looked for again only where they may have changed: when it is called with data of other
+    sizes, and in every call where it subsamples, because the last minibatch may be short.
+
+    :param model: a Pyro model.
+    :param str unit_plate: see :func:`~laplace_amort.model.layout.find_layout`.
+    """
+
+    def __init__(self, model: Callable[..., Any], unit_plate: str | None) -> None:
+        self.model = model
+        self.unit_plate = unit_plate
+        self._density: LogJoint | None = None
+        self._signature: Any = None
+
+    def __call__(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], chosen: Mapping[str, Any]
+    ) -> tuple[UnitModel, dict[str, Any]]:
+        """Open the plates of the model that are not among the ``chosen``, and see the model through their indices.
+
+        :param args: positional arguments of the model.
+        :param kwargs: its keyword arguments.
+        :param chosen: plates made elsewhere, by name.
+        :return: the model of this call, and all its plates by name.
+        """
+        density = self._find(args, kwargs, {name: plate.indices for name, plate in chosen.items()})
+        plates = _all_plates(density, chosen)
+        density = density.with_indices(**{name: plate.indices for name, plate in plates.items()})
+        layout = find_layout(density.sites, self.unit_plate)
+        return UnitModel(density, layout, plates[layout.frame.name].indices), plates
+
+    def _find(self, args: tuple[Any, ...], kwargs: dict[str, Any], indices: Mapping[str, Tensor]) -> LogJoint:
+        signature = _signature((args, kwargs, indices))
+        if self._density is None or self._density.subsampled_plates or signature != self._signature:
+            density = LogJoint.at_indices(indices, self.model, *args, **kwargs)
+            self._density, self._signature = density.given(), signature
+            return density
+        return self._density.given(*args, **kwargs)
+
+
+def _all_plates(density: LogJoint, chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """The plates of the model: those chosen, those it subsamples, and those around its latents."""
+    plates = dict(chosen)
+    for plate in density.subsampled_plates:
+        if plate.name in plates:
+            _refuse_two_choices(plate, plates[plate.name].indices)
+        else:
+            how = {"subsample_size": plate.subsample_size} if plate.given is None else {"subsample": plate.given}
+            plates[plate.name] = pyro.plate(plate.name, plate.size, dim=plate.dim, **how)
+    for site in density.sites.values():
+        for frame in site.plates:
+            if frame.name not in plates:
+                plates[frame.name] = pyro.plate(frame.name, frame.full_size, dim=frame.dim)
+    return plates
+
+
+def _refuse_two_choices(plate: SubsampledPlate, chosen: Tensor) -> None:
+    if plate.given is not None and not torch.equal(plate.given, chosen):
+        raise ModelError(
+            f"the model takes the units {plate.given.tolist()[:5]}... of plate '{plate.name}' by subsample=, and the "
+            f"guide's create_plates {chosen.tolist()[:5]}...; leave it to the model:\n    AutoLaplaceFamily(model)"
+        )
+
+
+def _signature(value: Any) -> Any:
+    """What of the arguments of a model may change the shapes of its sites."""
+    if isinstance(getattr(value, "shape", None), tuple):  # tensors, arrays of numpy, frames of pandas
+        return tuple(value.shape)
+    if isinstance(value, Mapping):
+        return {key: _signature(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_signature(item) for item in value]
+    # Of an object nothing is known: it equals no other, so that the sites are looked for in every call.
+    return value if isinstance(value, int | float | str | None) else object()

@@ -1,0 +1,267 @@
+"""A fit in the form that ArviZ works on. ArviZ is imported when one is made, and not before."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyro
+import torch
+from pyro.infer import Predictive
+from torch import Tensor
+
+from laplace_amort.errors import ModelError
+from laplace_amort.guide import Problem
+from laplace_amort.model import ObservedSite, observed_sites, with_data_drawn
+from laplace_amort.posterior.likelihood import LogLikelihood, Pointwise
+from laplace_amort.posterior.posterior import Posterior
+from laplace_amort.posterior.predictive import Drawn, all_units, predictive_of, refuse_minibatch
+
+__all__ = ["Container", "Groups", "as_datatree", "as_inference_data", "export", "installed_container"]
+
+_INSTALL = "python -m pip install 'laplace_amort[arviz]'"
+_WITHOUT_DRAWS = "observed_data", "constant_data"
+
+
+@dataclass
+class Groups:
+    """What ArviZ is given.
+
+    :param dict values: arrays by group and by variable; of draws with leading dimensions ``(1, S)``.
+    :param dict dims: names of the dimensions of a variable, less those of draws, by group and by variable.
+    :param dict coords: labels by dimension.
+    :param dict attrs: what is to be said of all of it.
+    """
+
+    values: dict[str, dict[str, Any]] = field(default_factory=dict)
+    dims: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+    coords: dict[str, Any] = field(default_factory=dict)
+    attrs: dict[str, Any] = field(default_factory=dict)
+
+    def add(self, group: str, name: str, value: Tensor, dims: Sequence[str]) -> None:
+        """Put a variable into a group.
+
+        :param str group: of the variable.
+        :param str name: of the variable.
+        :param Tensor value: with the draws first, if the group has any.
+        :param dims: names of the other dimensions, in order.
+        """
+        array = value.detach().cpu().numpy()
+        self.values.setdefault(group, {})[name] = array if group in _WITHOUT_DRAWS else array[None]
+        self.dims.setdefault(group, {})[name] = list(dims)
+
+    def rename(self, dims: Mapping[str, Sequence[str]]) -> None:
+        """Name the dimensions of variables otherwise, in every group; of a likelihood as many as there are."""
+        for group in self.dims.values():
+            for name in set(group) & set(dims):
+                group[name] = list(dims[name])[: len(group[name])]
+
+    def separate(self) -> None:
+        """Rename dimensions that bear the name of a variable, which xarray would take for their labels."""
+        taken = {name for group in self.values.values() for name in group} | {"chain", "draw"}
+
+        def apart(dim: str) -> str:
+            return f"{dim}_dim" if dim in taken else dim
+
+        for group in self.dims.values():
+            for name, dims in group.items():
+                group[name] = [apart(dim) for dim in dims]
+        self.coords = {apart(dim): labels for dim, labels in self.coords.items()}
+
+    def coords_of(self, group: str) -> dict[str, Any]:
+        """Return the labels of the dimensions that a group has."""
+        used = {dim for dims in self.dims[group].values() for dim in dims}
+        return {dim: labels for dim, labels in self.coords.items() if dim in used}
+
+
+# What makes of groups the object that a version of ArviZ works on.
+Container = Callable[[Groups], Any]
+
+
+def as_datatree(groups: Groups) -> Any:
+    """Return an ``xarray.DataTree``, for ArviZ from version 1 on and its parts.
+
+    :param Groups groups: what it is to hold.
+    :raises ImportError: if arviz-base is not installed.
+    """
+    try:
+        import arviz_base
+        import xarray
+    except ImportError as error:
+        raise ImportError(f"a DataTree needs arviz-base:\n    {_INSTALL}") from error
+    datasets = {}
+    for group, values in groups.values.items():
+        options: dict[str, Any] = {"sample_dims": ()} if group in _WITHOUT_DRAWS else {}
+        options |= {"dims": groups.dims[group], "coords": groups.coords_of(group), "attrs": groups.attrs}
+        datasets[group] = arviz_base.dict_to_dataset(values, **options)
+    made = xarray.DataTree.from_dict(datasets)
+    made.attrs.update(groups.attrs)
+    return made
+
+
+def as_inference_data(groups: Groups) -> Any:
+    """Return an ``arviz.InferenceData``, for ArviZ before version 1.
+
+    :param Groups groups: what it is to hold.
+    :raises ImportError: if there is no such version.
+    """
+    try:
+        import arviz
+
+        make = arviz.InferenceData
+    except (ImportError, AttributeError) as error:
+        raise ImportError("an InferenceData needs ArviZ before version 1:\n    pip install 'arviz<1'") from error
+    datasets = {}
+    for group, values in groups.values.items():
+        options: dict[str, Any] = {"default_dims": []} if group in _WITHOUT_DRAWS else {}
+        options |= {"dims": groups.dims[group], "coords": groups.coords_of(group), "attrs": groups.attrs}
+        made = arviz.dict_to_dataset(values, **options)
+        scalars = [f"{name}_dim_0" for name, value in values.items() if not value.ndim]  # to which it adds a dimension
+        datasets[group] = made.squeeze(scalars, drop=True) if scalars else made
+    return make(attrs=dict(groups.attrs), **datasets)
+
+
+def installed_container() -> Container:
+    """Return what the installed ArviZ wants: :func:`as_inference_data` before version 1, else :func:`as_datatree`."""
+    try:
+        version = importlib.metadata.version("arviz")
+    except importlib.metadata.PackageNotFoundError:
+        return as_datatree
+    return as_inference_data if version.startswith("0.") else as_datatree
+
+
+def export(
+    posterior: Posterior,
+    problem: Problem,
+    attrs: Mapping[str, Any],
+    *,
+    num_samples: int,
+    prior_samples: int,
+    log_likelihood: LogLikelihood | None,
+    coords: Mapping[str, Any],
+    dims: Mapping[str, Sequence[str]],
+    seed: int,
+) -> Groups:
+    """Return the groups of a fit; see :meth:`FitResult.to_arviz`."""
+    refuse_minibatch(problem)
+    posterior = posterior.refined(num_samples)
+    globals_, locals_ = posterior.sample_unconstrained(num_samples, seed)
+    sites = observed_sites(posterior.gaussian.unit_model)
+    groups = Groups(attrs={**attrs, **_about_draws(posterior, globals_)})
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), pyro.validation_enabled(False):
+        torch.manual_seed(seed)
+        drawn = all_units(posterior, posterior.gaussian.constrained(globals_, locals_))
+        _add_posterior(groups, drawn, posterior, problem, sites)
+        if prior_samples:
+            _add_prior(groups, problem, prior_samples)
+    _add_data(groups, problem, sites)
+    if log_likelihood is not None:
+        names = [name for name, site in sites.items() if not site.deterministic]
+        found = log_likelihood.evaluate(posterior, problem, names, globals_, locals_)
+        _add_log_likelihood(groups, found)
+        groups.attrs["log_likelihood"] = repr(log_likelihood)
+    frame, units = posterior.gaussian.unit_model.layout.frame, posterior.gaussian.unit_model.units
+    groups.coords[frame.name] = units.cpu().numpy()
+    groups.rename(dims)
+    groups.separate()
+    groups.coords.update(coords)
+    _check_coords(groups, coords)
+    return groups
+
+
+def _plate_dims(name: str, shape: Sequence[int], event_dim: int, plates: Sequence[Any]) -> list[str]:
+    """Names of the dimensions of a value: of plates, and else as ArviZ has them."""
+    dims = [f"{name}_dim_{axis}" for axis in range(len(shape))]
+    for frame in plates:
+        axis = len(shape) - event_dim + frame.dim
+        if axis >= 0 and shape[axis] == frame.size:
+            dims[axis] = frame.name
+    return dims
+
+
+def _add_posterior(
+    groups: Groups, drawn: Drawn, posterior: Posterior, problem: Problem, sites: dict[str, ObservedSite]
+) -> None:
+    for name, value in drawn.values.items():
+        site = posterior.gaussian.unit_model.density.sites[name]
+        dims = _plate_dims(name, value.shape[1:], site.constrained_event_dim, site.plates)
+        groups.add("posterior", name, value, dims)
+    for name, predicted in predictive_of(drawn, posterior, problem)().items():
+        found = sites[name]
+        value = predicted.reshape(len(predicted), *found.value.shape)
+        dims = _plate_dims(name, found.value.shape, found.event_dim, found.plates)
+        groups.add("posterior" if found.deterministic else "posterior_predictive", name, value, dims)
+
+
+def _add_prior(groups: Groups, problem: Problem, num_samples: int) -> None:
+    model, copied = problem.unit_model, {}
+    for group in ("posterior", "posterior_predictive"):
+        for name, dims in groups.dims.get(group, {}).items():
+            copied[name] = group.replace("posterior", "prior"), groups.values[group][name].shape[2:], dims
+    free = with_data_drawn(problem.guide.model)
+    try:
+        drawn = Predictive(free, num_samples=num_samples, return_sites=list(copied))(*model.args, **model.kwargs)
+    except (NotImplementedError, ValueError, RuntimeError) as error:
+        # An improper prior has no draws, and those of a vague one may overflow the distribution of the data.
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        groups.attrs["prior"] = f"there are no draws of the prior: {reason}"
+        return
+    for name, (group, shape, dims) in copied.items():
+        groups.add(group, name, drawn[name].reshape(num_samples, *shape), dims)
+
+
+def _add_data(groups: Groups, problem: Problem, sites: dict[str, ObservedSite]) -> None:
+    observed = [site for site in sites.values() if not site.deterministic]
+    for site in observed:
+        dims = _plate_dims(site.name, site.value.shape, site.event_dim, site.plates)
+        groups.add("observed_data", site.name, site.value, dims)
+    known = {dim for dims in groups.dims.values() for names in dims.values() for dim in names}
+    for argument, value in _arguments(problem).items():
+        name = f"{argument}_data" if argument in known else argument  # plates keep their names
+        if not any(value.shape == site.value.shape and torch.equal(value, site.value) for site in observed):
+            groups.add("constant_data", name, value, _plate_dims(name, value.shape, 0, ()))
+
+
+def _arguments(problem: Problem) -> dict[str, Tensor]:
+    """The tensors that the model was called with, by the names that it gives them."""
+    function: Any = problem.guide.model
+    function = getattr(function, "forward", function)
+    try:
+        bound = inspect.signature(function).bind(*problem.unit_model.args, **problem.unit_model.kwargs)
+    except (TypeError, ValueError):  # no signature to be had
+        return {}
+    return {name: value for name, value in bound.arguments.items() if isinstance(value, Tensor)}
+
+
+def _add_log_likelihood(groups: Groups, found: Mapping[str, Pointwise]) -> None:
+    for name, (values, plates) in found.items():
+        known = groups.dims.get("observed_data", {}).get(name)
+        if known is None:  # of units alone, wherever their plate is among others
+            known = [frame.name for frame in plates]
+        groups.add("log_likelihood", name, values, known[: values.dim() - 1])
+
+
+def _about_draws(posterior: Posterior, globals_: Tensor) -> dict[str, Any]:
+    found = posterior.globals_
+    distinct = len(torch.unique(globals_, dim=0)) if globals_.shape[1] else 1
+    return {
+        "weighted_draws_of_globals": len(found.draws),
+        "distinct_draws_of_globals": distinct,
+        "k_hat": float(found.k_hat),
+    }
+
+
+def _check_coords(groups: Groups, coords: Mapping[str, Any]) -> None:
+    sizes: dict[str, int] = {}
+    for group, values in groups.values.items():
+        for name, dims in groups.dims[group].items():
+            shape = values[name].shape
+            sizes.update(zip(dims, shape[len(shape) - len(dims) :], strict=True))
+    for dim, labels in coords.items():
+        if dim not in sizes:
+            raise ModelError(f"coords has labels of '{dim}', and the dimensions are {', '.join(sorted(sizes))}")
+        if len(labels) != sizes[dim]:
+            raise ModelError(f"coords has {len(labels)} labels of '{dim}', which has {sizes[dim]} elements")

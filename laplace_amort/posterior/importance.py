@@ -1,0 +1,321 @@
+r"""Importance sampling of a few variables whose log density is known up to a constant.
+
+The first proposal is normal around the mode, with draws that have its mean and covariance exactly: where the density is
+near that, a hundred are enough. Where it is not, there follow a Student-t distribution whose two halves along each axis
+have scales of their own, as the density falls off there (Geweke's split t), and others that are fitted to what was
+found; every draw counts with the density of the mixture. Draws are quasi-random, and parts of their sequence, each of
+them a balanced set, tell how large the error is at most.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+import numpy
+import scipy.special
+
+from laplace_amort.posterior.psis import K_GOOD, pareto_smoothed
+from laplace_amort.types import Vector
+from laplace_amort.units import sobol_points, student_log_density, student_points
+
+__all__ = ["ImportanceSample", "ImportanceSampler", "matched_normal", "normal_sample"]
+
+# Of the proposals: tails that are heavier than those of any posterior in unconstrained space with proper priors.
+_DF = 5.0
+# Sets that the draws are split into to see the error.
+_SETS = 8
+# Share of the draws that their effective number must be, and shape of the tail, for no other proposal to be made.
+_KEPT, _K_KEPT = 0.3, 0.4
+# The share for a normal proposal to do by itself: its tails hide from the error and from k-hat what they leave out.
+_NEAR_NORMAL = 0.95
+# Draws of the first round for each dimension.
+_EACH = 24
+# Standard deviations from the mode where the density is looked at along each axis, and by what factors the scale of a
+# half may differ from that of the curvature.
+_LOOKED = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_SCALES = 0.5, 4.0
+# Standard deviations of a proposal: how much wider than what was found it is made.
+_WIDER = 1.1
+_SINGULAR = "the draws do not spread in every direction, so proposals kept the scales of the curvature"
+
+
+@dataclass(frozen=True)
+class ImportanceSample:
+    """Weighted draws.
+
+    :param Vector draws: ``(S, d)``.
+    :param Vector log_weights: normalized and smoothed, ``(S,)``.
+    :param float k_hat: shape of the tail of the weights: above 0.7 do not rely on them.
+    :param float effective: effective number of draws.
+    :param float error: standard error of the worst mean, in standard deviations, or of the worst standard deviation, as
+        a share of it; whichever is larger. From sets of the draws, which together are better than that.
+    :param float log_integral: of the density.
+    :param int num_lost: draws where the density was NaN; they have no weight.
+    :param str note: what was wrong with the proposals; empty if nothing was.
+    """
+
+    draws: Vector
+    log_weights: Vector
+    k_hat: float
+    effective: float
+    error: float
+    log_integral: float
+    num_lost: int
+    note: str = ""
+
+    @property
+    def weights(self) -> Vector:
+        """The weights, ``(S,)``."""
+        weights: Vector = numpy.exp(self.log_weights)
+        return weights
+
+    def mean(self) -> Vector:
+        """Return the weighted mean, ``(d,)``."""
+        mean: Vector = self.weights @ self.draws
+        return mean
+
+    def covariance(self) -> Vector:
+        """Return the weighted covariance, ``(d, d)``."""
+        centered = self.draws - self.mean()
+        covariance: Vector = (self.weights[:, None] * centered).T @ centered
+        return covariance
+
+
+def normal_sample(loc: Vector, scale_tril: Vector, num_draws: int = 1024, seed: int = 0) -> ImportanceSample:
+    """Return quasi-random draws of a normal distribution, all of the same weight.
+
+    :param Vector loc: ``(d,)``.
+    :param Vector scale_tril: lower triangular, ``(d, d)``.
+    :param int num_draws: a power of two.
+    :param int seed: of the draws.
+    """
+    num_draws = num_draws if len(loc) else 1
+    noise = matched_normal(num_draws, len(loc), seed) if len(loc) else numpy.zeros((1, 0))
+    log_weights = numpy.full(num_draws, -math.log(num_draws))
+    return ImportanceSample(loc + noise @ scale_tril.T, log_weights, -math.inf, float(num_draws), 0.0, math.nan, 0)
+
+
+@dataclass(frozen=True)
+class _SplitT:
+    """A multivariate t distribution, stretched along each axis by one factor ahead and another behind.
+
+    :param Vector loc: ``(d,)``.
+    :param Vector tril: lower triangular, ``(d, d)``.
+    :param Vector stretch: behind and ahead, ``(2, d)``.
+    """
+
+    loc: Vector
+    tril: Vector
+    stretch: Vector
+
+    def draw(self, number: int, seed: int) -> Vector:
+        """Quasi-random draws, ``(S, d)``."""
+        d = len(self.loc)
+        z = student_points(sobol_points(number, d + (d > 1), seed), _DF)
+        draws: Vector = self.loc + (z * numpy.where(z < 0, *self.stretch)) @ self.tril.T
+        return draws
+
+    def log_density(self, draws: Vector) -> Vector:
+        """At draws ``(S, d)``, as ``(S,)``."""
+        z = numpy.linalg.solve(self.tril, (draws - self.loc).T).T
+        stretch = numpy.where(z < 0, *self.stretch)
+        log_det = numpy.log(numpy.diag(self.tril)).sum() + numpy.log(stretch).sum(-1)
+        log_density: Vector = student_log_density(z / stretch, _DF) - log_det
+        return log_density
+
+
+@dataclass(frozen=True)
+class _Normal:
+    """A multivariate normal distribution.
+
+    :param Vector loc: ``(d,)``.
+    :param Vector tril: lower triangular, ``(d, d)``.
+    """
+
+    loc: Vector
+    tril: Vector
+
+    def draw(self, number: int, seed: int) -> Vector:
+        """Quasi-random draws, ``(S, d)``, with exactly the mean and the covariance of the distribution."""
+        draws: Vector = self.loc + matched_normal(number, len(self.loc), seed) @ self.tril.T
+        return draws
+
+    def log_density(self, draws: Vector) -> Vector:
+        """At draws ``(S, d)``, as ``(S,)``."""
+        z = numpy.linalg.solve(self.tril, (draws - self.loc).T).T
+        constant = numpy.log(numpy.diag(self.tril)).sum() + len(self.loc) / 2 * math.log(2 * math.pi)
+        log_density: Vector = -(z**2).sum(-1) / 2 - constant
+        return log_density
+
+
+def matched_normal(number: int, dim: int, seed: int) -> Vector:
+    """Return quasi-random standard normal points ``(S, d)`` whose mean is zero and whose covariance is the identity.
+
+    :param int number: ``S``, above ``d``.
+    :param int dim: ``d``.
+    :param int seed: of the points.
+    """
+    points = scipy.special.ndtri(sobol_points(number, dim, seed))
+    points = points - points.mean(0)
+    factor = numpy.linalg.cholesky(points.T @ points / number)
+    matched: Vector = numpy.linalg.solve(factor, points.T).T
+    return matched
+
+
+@dataclass
+class _Mixture:
+    """The proposals so far, with what was found at their draws; one of each for each round."""
+
+    proposals: list[_Normal | _SplitT] = field(default_factory=list)
+    draws: list[Vector] = field(default_factory=list)
+    values: list[Vector] = field(default_factory=list)
+
+    @property
+    def is_normal(self) -> bool:
+        """Whether no proposal was a t."""
+        return all(isinstance(proposal, _Normal) for proposal in self.proposals)
+
+    def log_density(self, draws: Vector) -> Vector:
+        """Of the mixture, each proposal with the weight of its draws."""
+        pairs = zip(self.proposals, self.draws, strict=True)
+        parts = [proposal.log_density(draws) + math.log(len(own)) for proposal, own in pairs]
+        total: Vector = scipy.special.logsumexp(parts, axis=0) - math.log(sum(len(own) for own in self.draws))
+        return total
+
+    def sample(self) -> ImportanceSample:
+        """Weigh all draws."""
+        draws, values = numpy.concatenate(self.draws), numpy.concatenate(self.values)
+        lost = numpy.isnan(values)
+        log_ratios = numpy.where(lost, -numpy.inf, values - self.log_density(draws))
+        if not numpy.isfinite(log_ratios.max()):
+            nothing = numpy.full(len(draws), -math.log(len(draws)))
+            return ImportanceSample(draws, nothing, math.inf, 0.0, math.inf, -math.inf, int(lost.sum()))
+        smoothed = pareto_smoothed(log_ratios)
+        weights = numpy.exp(smoothed.log_weights)
+        found = ImportanceSample(
+            draws=draws,
+            log_weights=smoothed.log_weights,
+            k_hat=float(smoothed.k_hat),
+            effective=float(1 / (weights**2).sum()),
+            error=0.0,
+            log_integral=float(scipy.special.logsumexp(log_ratios) - math.log(len(draws))),
+            num_lost=int(lost.sum()),
+        )
+        return replace(found, error=self._error(found))
+
+    def _error(self, found: ImportanceSample) -> float:
+        """The standard error of the worst moment: what the sets pull it by, each on its own."""
+        scale = numpy.sqrt(numpy.diag(found.covariance()).clip(min=numpy.finfo(float).tiny))
+        z = (found.draws - found.mean()) / scale
+        # Equal weights would pull nothing where the draws have the moments of their proposal.
+        known = 1 / len(z) if self.is_normal else 0.0
+        pulls = (found.weights - known)[:, None] * numpy.concatenate([z, (z**2 - 1) / 2], axis=1)
+        # Parts of the sequence of each round, the same part of all rounds together.
+        sets = numpy.concatenate([numpy.arange(len(own)) * _SETS // len(own) for own in self.draws])
+        sums = numpy.array([pulls[sets == one].sum(0) for one in range(_SETS)])
+        return float((sums.std(0, ddof=1) * _SETS**0.5).max())
+
+
+@dataclass(frozen=True)
+class ImportanceSampler:
+    """Draws from a density with as many evaluations as its shape and the accuracy ask for.
+
+    Do not use it for a density whose mass lies far from the start, or in more than some twenty dimensions: the shape of
+    the tail of the weights tells.
+
+    :param float accuracy: error of means, in standard deviations, and of standard deviations, as shares, to aim at.
+    :param int num_draws: of the first round.
+    :param int max_draws: of all rounds.
+    :param int seed: of the draws.
+
+    Example: a normal distribution, from a start that is too wide::
+
+        >>> sampler = ImportanceSampler(seed=1)
+        >>> found = sampler(lambda x: -(x ** 2).sum(-1) / 2, numpy.ones(2), 2 * numpy.eye(2))
+        >>> found.k_hat < 0.7, bool(abs(found.mean()).max() < 0.1)
+        (True, True)
+
+    Reference: Cornuet, Marin, Mira & Robert (2012), *Adaptive multiple importance sampling*, Scandinavian Journal of
+    Statistics 39(4), https://arxiv.org/abs/0907.1254
+    """
+
+    accuracy: float = 1 / 30
+    num_draws: int = 128
+    max_draws: int = 8192
+    seed: int = 0
+
+    def __call__(self, log_density: Callable[[Vector], Vector], loc: Vector, scale_tril: Vector) -> ImportanceSample:
+        """Draw, and weigh.
+
+        :param log_density: of draws ``(S, d)``; returns ``(S,)``, NaN where it does not exist.
+        :param Vector loc: ``(d,)``, near the mode.
+        :param Vector scale_tril: lower triangular, ``(d, d)``: the scale there.
+        """
+        if len(loc) == 0:
+            value = float(log_density(numpy.zeros((1, 0)))[0])
+            return ImportanceSample(numpy.zeros((1, 0)), numpy.zeros(1), -math.inf, 1.0, 0.0, value, 0)
+        mixture, note = _Mixture(), ""
+        number = min(self.max_draws, max(self.num_draws, 2 ** math.ceil(math.log2(_EACH * len(loc)))))
+        proposal: _Normal | _SplitT = _Normal(loc, scale_tril)
+        first: _SplitT | None = None
+        while True:
+            draws = proposal.draw(number, self.seed + 1000 * len(mixture.draws))
+            mixture.proposals.append(proposal)
+            mixture.draws.append(draws)
+            mixture.values.append(log_density(draws))
+            found = mixture.sample()
+            total = len(found.draws)
+            covered = first is not None or found.effective >= _NEAR_NORMAL * total
+            if total >= self.max_draws or (covered and found.error <= self.accuracy and found.k_hat < K_GOOD):
+                return replace(found, note=note)
+            number = min(total, self.max_draws - total)
+            if first is None:
+                proposal = first = _split(log_density, loc, scale_tril)
+                continue
+            fits = found.effective >= _KEPT * total and found.k_hat <= _K_KEPT
+            # By turns, so that what the one leaves out is not lost with it.
+            known = found.effective > 2 * len(loc)
+            if fits or not known or proposal is not first:
+                proposal = first
+            else:
+                tril, said = _spread(found, scale_tril)
+                note = note or said
+                proposal = _fitted(found, tril)
+
+
+def _split(log_density: Callable[[Vector], Vector], loc: Vector, tril: Vector) -> _SplitT:
+    """The split t whose halves fall off as the density does, each along its axis: the widest that any point asks for.
+
+    Reference: Geweke (1989), *Bayesian inference in econometric models using Monte Carlo integration*, Econometrica
+    57(6), section 4.
+    """
+    d, looked = len(loc), numpy.array(_LOOKED)
+    steps = numpy.concatenate([-looked, looked])
+    points = loc + (steps[:, None, None] * tril.T).reshape(-1, d)
+    values = log_density(numpy.concatenate([loc[None], points]))
+    with numpy.errstate(divide="ignore", invalid="ignore"):
+        fall = 2 * (values[0] - values[1:]).reshape(2, len(looked), d)
+        scales = looked[:, None] / numpy.sqrt(fall)
+    # Where the density is no lower than at the mode, or does not exist, it says nothing of a scale.
+    widest = numpy.where(numpy.isfinite(scales), scales, 1.0).max(1)
+    return _SplitT(loc, tril, widest.clip(*_SCALES))
+
+
+def _spread(found: ImportanceSample, scale_tril: Vector) -> tuple[Vector, str]:
+    """The factor of the covariance of what was found, in no direction narrower than a tenth of a scale, and a note."""
+    try:
+        return numpy.asarray(
+            numpy.linalg.cholesky(found.covariance() + 0.01 * scale_tril @ scale_tril.T), dtype=float
+        ), ""
+    except numpy.linalg.LinAlgError:  # as of globals that are not identified: all draws are on a line
+        return scale_tril, _SINGULAR
+
+
+def _fitted(found: ImportanceSample, tril: Vector) -> _SplitT:
+    """A split t around what was found, with the factor of its covariance and halves that are found as well."""
+    z, weights = numpy.linalg.solve(tril, (found.draws - found.mean()).T).T, found.weights[:, None]
+    sides = numpy.array([(z < 0) * weights, (z >= 0) * weights])
+    stretch = numpy.sqrt((sides * z**2).sum(1) / sides.sum(1).clip(min=numpy.finfo(float).tiny))
+    return _SplitT(found.mean(), tril * _WIDER * math.sqrt((_DF - 2) / _DF), stretch.clip(*_SCALES))

@@ -1,0 +1,204 @@
+r"""The log likelihood point by point, which leave-one-out is made of.
+
+Two of them, and they answer different questions:
+
+.. math:: \log p(z_i \mid \theta) = \log \int p(z_i \mid y_i, \theta)\, p(y_i \mid \theta)\, dy_i
+          \qquad\text{and}\qquad \log p(z_{ij} \mid y_i, \theta).
+
+The first leaves out a unit: how well is another unit predicted, of which nothing is known? The second leaves out an
+observation and keeps what the rest says of its unit; where a unit has few observations, its importance weights have
+tails that are too heavy.
+
+Reference: Merkle, Furr & Rabe-Hesketh (2019), *Bayesian comparison of latent variable models: conditional versus
+marginal likelihoods*, Psychometrika 84(3), https://arxiv.org/abs/1802.04452
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from laplace_amort.autodiff import record
+from laplace_amort.errors import ModelError, ModeNotFoundError, RecordingError, StructureError
+from laplace_amort.guide import Problem
+from laplace_amort.posterior.posterior import Posterior
+from laplace_amort.posterior.unit_draws import NestedUnits, WeightedUnits
+from laplace_amort.units import GRID_DIM, GaussHermite, Laplace, QuadratureRule, StudentPoints, UnitIntegrals
+
+__all__ = [
+    "ConditionalLikelihood",
+    "LogLikelihood",
+    "MarginalLikelihood",
+    "Pointwise",
+    "rule_of",
+    "unit_log_likelihood",
+]
+
+# Bytes that the results of all operations on one chunk may take.
+_CHUNK_BYTES = 2**26
+
+
+class Pointwise(NamedTuple):
+    """Log likelihoods at ``S`` draws.
+
+    :param Tensor values: ``(S, *batch)``.
+    :param tuple plates: frames of the plates that the batch dimensions are those of.
+    """
+
+    values: Tensor
+    plates: tuple[Any, ...]
+
+
+@runtime_checkable
+class LogLikelihood(Protocol):
+    """Which log likelihood is written; any object with this method."""
+
+    def evaluate(
+        self, posterior: Posterior, problem: Problem, names: list[str], globals_: Tensor, locals_: Tensor
+    ) -> dict[str, Pointwise]:
+        """Return log likelihoods by name.
+
+        :param Posterior posterior: that the draws are of.
+        :param Problem problem: the model at its data.
+        :param list names: of the observed sites.
+        :param Tensor globals_: ``(S, d)``, unconstrained.
+        :param Tensor locals_: ``(S, N, k)``.
+        """
+
+
+@dataclass(frozen=True)
+class MarginalLikelihood:
+    r"""That of each unit, :math:`\log p(z_i \mid \theta)`, its latents integrated out.
+
+    What ``loo`` needs to leave out a unit. It is one variable named ``marginal``, of the units alone.
+
+    Do not use it where single observations are to be predicted for units that are known:
+    :class:`ConditionalLikelihood`.
+
+    :param QuadratureRule rule: how units are integrated over; by default as the fit does, so that the likelihood that
+        is taken out is the one that went in. Of an ELBO, which integrates over none: nine points along each dimension,
+        or beyond three dimensions 256 in all.
+
+    Where the model scales or masks terms, the likelihood is that of what is left.
+    """
+
+    rule: QuadratureRule | None = None
+
+    def evaluate(
+        self, posterior: Posterior, problem: Problem, names: list[str], globals_: Tensor, locals_: Tensor
+    ) -> dict[str, Pointwise]:
+        """See :class:`LogLikelihood`.
+
+        :raises StructureError: if an observation depends on two units.
+        :raises ModeNotFoundError: if a unit's mode was not found at some draw.
+        """
+        try:
+            integrals = problem.integrals
+        except StructureError as error:
+            line = "to_arviz(log_likelihood=ConditionalLikelihood())"
+            raise StructureError(f"{error}\nOr take the likelihood of each observation:\n    {line}") from error
+        distinct, inverse = _distinct(globals_)
+        start = NestedUnits(posterior.gaussian, integrals).start(distinct)
+        values = unit_log_likelihood(integrals, self.rule or rule_of(posterior), distinct, start)
+        if values.isnan().any():
+            draw, unit = values.isnan().nonzero()[0].tolist()
+            model = posterior.gaussian.unit_model
+            raise ModeNotFoundError(
+                f"the mode of {model.describe(unit)} was not found at globals {distinct[draw].tolist()}, so that its "
+                f"likelihood is not known ({int(values.isnan().any(0).sum())} units in all). See diagnose(result), or "
+                "leave the likelihood out:\n    to_arviz(log_likelihood=None)",
+                units=[int(model.units[unit])],
+            )
+        return {"marginal": Pointwise(values[inverse], (posterior.gaussian.unit_model.layout.frame,))}
+
+
+@dataclass(frozen=True)
+class ConditionalLikelihood:
+    r"""That of each observation given its unit, :math:`\log p(z_{ij} \mid y_i, \theta)`.
+
+    One variable for each observed site, under its name. Terms that are scaled or masked in the model are so here.
+
+    Do not use it to compare models of units with few observations each: it predicts an observation from draws that have
+    seen it, and the weights that would undo that have heavy tails (a high k-hat of ``loo``).
+    """
+
+    @torch.no_grad()
+    def evaluate(
+        self, posterior: Posterior, problem: Problem, names: list[str], globals_: Tensor, locals_: Tensor
+    ) -> dict[str, Pointwise]:
+        """See :class:`LogLikelihood`.
+
+        :raises ModelError: if the model has no observed site.
+        """
+        model = posterior.gaussian.unit_model.live()
+        found = [term for term in model.terms(globals_[0], locals_[0]) if term[0] in names]
+        if not found:
+            raise ModelError(
+                "the model has no observed site, only factors, so that there are no single observations. Take the "
+                "likelihood of each unit, or none:\n"
+                "    to_arviz(log_likelihood=MarginalLikelihood())\n    to_arviz(log_likelihood=None)"
+            )
+
+        def flat(global_: Tensor, local: Tensor) -> Tensor:
+            terms = model.terms(global_, local)
+            return torch.cat([values.reshape(-1) for name, _, values in terms if name in names])
+
+        rows = _at_draws(flat, globals_, locals_)
+        parts = rows.split([values.numel() for _, _, values in found], dim=1)
+        return {
+            name: Pointwise(part.reshape(len(rows), *values.shape), plates)
+            for (name, plates, values), part in zip(found, parts, strict=True)
+        }
+
+
+def rule_of(posterior: Posterior) -> QuadratureRule:
+    """Return how a posterior integrates over units; of one that does not, a rule that is accurate for most models."""
+    if isinstance(posterior.units, WeightedUnits):
+        return posterior.units.rule
+    if isinstance(posterior.units, NestedUnits) and not math.isnan(posterior.log_evidence):
+        return Laplace()
+    return GaussHermite(9) if posterior.gaussian.local_loc.shape[1] <= GRID_DIM else StudentPoints(256)
+
+
+@torch.no_grad()
+def unit_log_likelihood(integrals: UnitIntegrals, rule: QuadratureRule, globals_: Tensor, start: Tensor) -> Tensor:
+    r"""Return :math:`\log p(z_i \mid \theta)`, ``(S, N)``; NaN where a mode was not found.
+
+    :param UnitIntegrals integrals: of the model.
+    :param QuadratureRule rule: how units are integrated over.
+    :param Tensor globals_: ``(S, d)``.
+    :param Tensor start: a guess of the modes, ``(S, N, k)``.
+    """
+    points = rule.points(start.shape[-1], globals_)
+    integrals = integrals.loose() if len(points.points) > 1 else integrals
+    density, parts = integrals.density, []
+    chunk = density.chunk(len(points.points))
+    for some, near in zip(globals_.split(chunk), start.split(chunk), strict=True):
+        there = integrals.conditionals(some, near)
+        values = points.log_integral(density.units_at(some, there.at(points.points))) + there.log_det()
+        parts.append(values.masked_fill(~there.found, torch.nan))
+    return torch.cat(parts)
+
+
+def _distinct(globals_: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows that differ, and which of them each row is."""
+    if not globals_.shape[1]:  # of which torch makes no rows
+        return globals_[:1], torch.zeros(len(globals_), dtype=torch.long, device=globals_.device)
+    distinct, inverse = torch.unique(globals_, dim=0, return_inverse=True)
+    return distinct, inverse
+
+
+def _at_draws(function: Callable[[Tensor, Tensor], Tensor], globals_: Tensor, locals_: Tensor) -> Tensor:
+    """Evaluate a function of globals and units at all draws: as a recording, if it can be recorded."""
+    try:
+        recording = record(function, globals_[0], locals_[0])
+    except RecordingError:
+        return torch.stack([function(*draw) for draw in zip(globals_, locals_, strict=True)])
+    chunk = max(1, _CHUNK_BYTES // max(recording.num_bytes, 1))
+    pairs = zip(globals_.split(chunk), locals_.split(chunk), strict=True)
+    return torch.cat([torch.func.vmap(recording)(*pair) for pair in pairs])

@@ -1,0 +1,342 @@
+"""Predictions by Pyro's ``Predictive``: for the units that were fitted, for new ones, and for new ones with data."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from pyro import poutine
+from pyro.infer import Predictive
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from laplace_amort.autodiff import arrowhead_information
+from laplace_amort.errors import ModelError, RecordingError
+from laplace_amort.guide import LaplaceGaussian, Problem
+from laplace_amort.linalg import Arrowhead, repair_tails
+from laplace_amort.model import UnitModel, UnitModels, observed_sites, plates_of, unit_terms, with_data_drawn
+from laplace_amort.posterior.posterior import Posterior
+from laplace_amort.posterior.unit_draws import LinearUnits, NestedUnits, UnitPosterior
+from laplace_amort.units import NewtonMode, UnitIntegrals
+
+__all__ = [
+    "ConditionedPosterior",
+    "ConditionedUnits",
+    "Drawn",
+    "NewUnits",
+    "SeenUnits",
+    "Units",
+    "all_units",
+    "posterior_for",
+    "predictive",
+    "predictive_of",
+    "refuse_minibatch",
+]
+
+
+class Drawn(NamedTuple):
+    """What a prediction starts from.
+
+    :param dict values: constrained values ``(S, *shape)`` by site.
+    :param dict sizes: of the plates around these sites in the model to come, by name.
+    """
+
+    values: Mapping[str, Tensor]
+    sizes: Mapping[str, int]
+
+
+@runtime_checkable
+class Units(Protocol):
+    """Which units are predicted; any object with this method."""
+
+    def draw(self, posterior: Posterior, problem: Problem, num_samples: int, seed: int | None) -> Drawn:
+        """Return draws of what is known of them.
+
+        :param Posterior posterior: of the fit.
+        :param Problem problem: the model at the data of the fit.
+        :param int num_samples: number of draws.
+        :param int seed: of the draws.
+        """
+
+
+@dataclass(frozen=True)
+class SeenUnits:
+    """The units that were fitted, all of them or some: at the data of the fit, or at other covariates.
+
+    :param index: places of the units in the plate; by default all, in order. The arguments of the model must be for
+        these units alone.
+
+    Do not use it for units that were not fitted: :class:`NewUnits`, or :class:`ConditionedUnits` where there are data.
+    """
+
+    index: Sequence[int] | Tensor | None = None
+
+    def draw(self, posterior: Posterior, problem: Problem, num_samples: int, seed: int | None) -> Drawn:
+        """See :class:`Units`."""
+        refuse_minibatch(problem)
+        values, sizes = all_units(posterior, posterior.sample(num_samples, seed))
+        layout = posterior.gaussian.unit_model.layout
+        if self.index is None:
+            return Drawn(values, sizes)
+        index = torch.as_tensor(self.index, dtype=torch.long, device=posterior.gaussian.local_loc.device).reshape(-1)
+        if not len(index) or not bool(((index >= 0) & (index < layout.num_units)).all()):
+            raise IndexError(
+                f"units of plate '{layout.frame.name}' are numbered 0 to {layout.num_units - 1}, got {index.tolist()}"
+            )
+        some = {name: values[name].index_select(1 + posterior.unit_axis(name), index) for name in layout.local_sites}
+        return Drawn({**values, **some}, {**sizes, layout.frame.name: len(index)})
+
+
+@dataclass(frozen=True)
+class NewUnits:
+    """Units of which nothing is known, as many as the arguments of the model are for: drawn from it, given the globals.
+
+    Do not use it where the new units have data: :class:`ConditionedUnits`.
+    """
+
+    def draw(self, posterior: Posterior, problem: Problem, num_samples: int, seed: int | None) -> Drawn:
+        """See :class:`Units`.
+
+        :raises ModelError: if the model has no globals, so that a fit says nothing of new units.
+        """
+        sites = posterior.gaussian.unit_model.layout.global_sites
+        if not sites:
+            raise ModelError(
+                "the model has no globals, so that the fit says nothing of new units. What the model says of them:\n"
+                "    Predictive(pyro.poutine.uncondition(model), num_samples=1000)(*args)"
+            )
+        values = posterior.sample(num_samples, seed)
+        return Drawn({name: values[name] for name in sites}, _plate_sizes(sites))
+
+
+@dataclass(frozen=True)
+class ConditionedUnits:
+    """Units that were not fitted, given data of their own: see :meth:`FitResult.posterior_for`.
+
+    :param args: arguments of the model with the data of these units. The prediction may have others, for the same
+        units.
+    :param kwargs: its keyword arguments.
+
+    Do not use it for so many data that the globals should learn from them: fit again.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def at(cls, *args: Any, **kwargs: Any) -> ConditionedUnits:
+        """Return them for a call of the model: ``ConditionedUnits.at(z_new)``."""
+        return cls(args, kwargs)
+
+    def draw(self, posterior: Posterior, problem: Problem, num_samples: int, seed: int | None) -> Drawn:
+        """See :class:`Units`."""
+        found = posterior_for(posterior, problem, self.args, dict(self.kwargs))
+        return all_units(found, found.sample(num_samples, seed))
+
+
+def predictive(
+    posterior: Posterior, problem: Problem, units: Units, num_samples: int, seed: int | None, parallel: bool
+) -> Predictive:
+    """Return a ``pyro.infer.Predictive``, to be called with the model's arguments; see :meth:`FitResult.predictive`."""
+    if isinstance(units, type) or not isinstance(units, Units):
+        raise TypeError(
+            f"units must be SeenUnits(), NewUnits() or ConditionedUnits.at(...), got {units!r}. Arguments of "
+            "the model go into the second call:\n    result.predictive(NewUnits())(*args)"
+        )
+    default = (units.args, dict(units.kwargs)) if isinstance(units, ConditionedUnits) else None
+    with torch.no_grad():
+        drawn = units.draw(posterior, problem, num_samples, seed)
+    return predictive_of(drawn, posterior, problem, default, parallel)
+
+
+def predictive_of(
+    drawn: Drawn,
+    posterior: Posterior,
+    problem: Problem,
+    default: tuple[tuple[Any, ...], dict[str, Any]] | None = None,
+    parallel: bool = False,
+) -> Predictive:
+    """Return a ``pyro.infer.Predictive`` for draws that are at hand.
+
+    :param Drawn drawn: the draws.
+    :param Posterior posterior: of the fit.
+    :param Problem problem: the model at the data of the fit.
+    :param default: arguments of a call without any; by default those of the fit.
+    :param bool parallel: of ``Predictive``.
+    """
+    default = default or (problem.unit_model.args, problem.unit_model.kwargs)
+    sites = observed_sites(posterior.gaussian.unit_model)
+    names = [name for name in problem.unit_model.density.sites if name not in drawn.values]
+    model = _Unconditioned(problem.guide.model, default, drawn, posterior.gaussian.unit_model.layout.frame.name)
+    return Predictive(model, dict(drawn.values), return_sites=[*names, *sites], parallel=parallel)
+
+
+class _Unconditioned:
+    """A model whose observations are drawn; called without arguments, at those of the fit."""
+
+    def __init__(self, model: Callable[..., Any], default: tuple[Any, Any], drawn: Drawn, unit_plate: str) -> None:
+        self.default, self.drawn, self.unit_plate = default, drawn, unit_plate
+        # Pyro runs the model once by itself, to see its sites. A draw of the posterior serves where the prior has none.
+        first = {name: value[0] for name, value in drawn.values.items()}
+        self.model = poutine.condition(with_data_drawn(model), data=first)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = (args, kwargs) if args or kwargs else self.default
+        check = _CheckPlates(self.drawn, self.unit_plate)
+        with check:
+            returned = self.model(*args, **kwargs)
+        for name in self.drawn.values:
+            if name not in check.seen:
+                raise ModelError(
+                    f"the model has no site '{name}' at these arguments, and had one in the fit; it must sample all of "
+                    "its latents whatever the data are"
+                )
+        return returned
+
+
+class _CheckPlates(Messenger):
+    """Refuse a run whose plates have other sizes than what is known of them."""
+
+    def __init__(self, drawn: Drawn, unit_plate: str) -> None:
+        super().__init__()
+        self.drawn, self.unit_plate = drawn, unit_plate
+        self.seen: set[str] = set()
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] not in self.drawn.values or site_is_subsample(msg):
+            return
+        self.seen.add(msg["name"])
+        for frame in plates_of(msg):
+            expected = self.drawn.sizes.get(frame.name)
+            if expected is None or expected == frame.full_size == frame.size:
+                continue
+            if frame.size != frame.full_size:
+                raise ModelError(
+                    f"plate '{frame.name}' takes {frame.size} of {frame.full_size} at these arguments; a prediction is "
+                    f"for all of them. Leave the minibatch out:\n    pyro.plate('{frame.name}', {frame.full_size})"
+                )
+            raise ModelError(_other_size(msg["name"], frame, expected, self.unit_plate))
+
+
+def _other_size(name: str, frame: Any, expected: int, unit_plate: str) -> str:
+    text = (
+        f"plate '{frame.name}' around site '{name}' has size {frame.full_size} at these arguments, and there are draws "
+        f"of {expected}"
+    )
+    if frame.name != unit_plate:
+        return f"{text}; only the plate of the units, '{unit_plate}', may have another"
+    return (
+        f"{text} units. For other units than those fitted, or for some of these:\n"
+        "    result.predictive(NewUnits())(*args)\n"
+        "    result.predictive(ConditionedUnits.at(*args))()          # new ones, given their data\n"
+        f"    result.predictive(SeenUnits(index))(*args)               # index has {frame.full_size} numbers"
+    )
+
+
+@dataclass(frozen=True)
+class ConditionedPosterior(Posterior):
+    """The posterior of new units given their data, with the globals of a fit, which do not learn from these.
+
+    Evidence and k-hat are those of the fit.
+
+    :param Posterior fitted: of the fit.
+
+    The other parameters are those of :class:`~laplace_amort.Posterior`.
+    """
+
+    fitted: Posterior | None = None
+
+    def refined(self, num_samples: int) -> Posterior:
+        """Return the same with more draws of the globals of the fit; see :meth:`Posterior.refined`."""
+        if self.fitted is None:
+            return self
+        fitted = self.fitted.refined(num_samples)
+        return dataclasses.replace(self, globals_=fitted.globals_, fitted=fitted)
+
+
+def posterior_for(posterior: Posterior, problem: Problem, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Posterior:
+    """Return the posterior of new units given data and the globals of a fit; see :meth:`FitResult.posterior_for`."""
+    fitted = posterior.gaussian
+    try:
+        with poutine.block():
+            model, _ = UnitModels(problem.guide.model, problem.guide.unit_plate)(args, kwargs, {})
+    except ModelError as error:
+        raise ModelError(
+            f"{error}\nHere the model needs the data of the new units; of units without any:\n"
+            "    result.predictive(NewUnits())(*args)"
+        ) from error
+    _check_layout(fitted.unit_model, model)
+    start = fitted.local_loc.mean(0).expand(model.layout.num_units, -1).contiguous()
+    with torch.no_grad():
+        local = problem.mode.find(model, fitted.global_loc, start)
+    gaussian = _gaussian_at(model, local, fitted, problem)
+    units = _units_at(posterior, model, gaussian, problem)
+    return ConditionedPosterior(gaussian, posterior.globals_, units, posterior.seed, posterior.averaged, posterior)
+
+
+def _units_at(posterior: Posterior, model: UnitModel, gaussian: LaplaceGaussian, problem: Problem) -> UnitPosterior:
+    """What the rung of the fit knows of units, for new ones."""
+    if not isinstance(posterior.units, NestedUnits):
+        return LinearUnits(gaussian)
+    with contextlib.suppress(RecordingError):
+        model = model.recorded(gaussian.global_loc, gaussian.local_loc)
+    mode = problem.mode if isinstance(problem.mode, NewtonMode) else NewtonMode()
+    integrals = UnitIntegrals(unit_terms(model, gaussian.global_loc, gaussian.local_loc), mode)
+    return dataclasses.replace(posterior.units, gaussian=gaussian, integrals=integrals)
+
+
+def _gaussian_at(model: UnitModel, local: Tensor, fitted: LaplaceGaussian, problem: Problem) -> LaplaceGaussian:
+    """The Gaussian of the new units given the globals, with the globals as they were fitted."""
+    with torch.no_grad():
+        found = arrowhead_information(model.log_joint, fitted.global_loc, local)
+        tail, report = repair_tails(problem.guide.tail_repair, found.tail)
+        precision = Arrowhead(found.head, found.border, tail).with_schur(fitted.precision.schur_complement)
+    return LaplaceGaussian(model, fitted.global_loc, local, precision, fitted.head_report, report)
+
+
+def _check_layout(fitted: UnitModel, model: UnitModel) -> None:
+    old, new = fitted.layout, model.layout
+    if model.layout.weight != 1:
+        raise ModelError(
+            f"plate '{new.frame.name}' takes {new.frame.size} of {new.frame.full_size} units at these arguments; new "
+            f"units are taken together. Leave the minibatch out:\n    pyro.plate('{new.frame.name}', "
+            f"{new.frame.full_size})"
+        )
+    same = list(old.global_sites) == list(new.global_sites) and list(old.local_sites) == list(new.local_sites)
+    if not same or (old.global_dim, old.local_dim) != (new.global_dim, new.local_dim):
+        raise ModelError(
+            f"the model has other latents at these arguments than in the fit. There:\n{old}\nHere:\n{new}\nOnly the "
+            "number of units may change; data must be given for them (of units without: NewUnits())"
+        )
+
+
+def all_units(posterior: Posterior, values: Mapping[str, Tensor]) -> Drawn:
+    """Return draws of all sites as what a prediction for the same units starts from.
+
+    :param Posterior posterior: that they are of.
+    :param values: ``(S, *shape)`` by site.
+    """
+    layout = posterior.gaussian.unit_model.layout
+    return Drawn(values, _plate_sizes({**layout.global_sites, **layout.local_sites}))
+
+
+def _plate_sizes(sites: Mapping[str, Any]) -> dict[str, int]:
+    return {frame.name: int(frame.size) for site in sites.values() for frame in site.plates}
+
+
+def refuse_minibatch(problem: Problem) -> None:
+    """Refuse a fit that is of a part of the units.
+
+    :raises ModelError: with the line to type.
+    """
+    for plate in problem.subsamples:
+        raise ModelError(
+            f"the fit took {plate.subsample_size} of {plate.size} of plate '{plate.name}' at a time, so that its "
+            "posterior is one of a minibatch. Go on from where the guide stands with all of them, by arguments with "
+            "which the model does not subsample:\n    result = fit(model, result.guide, *args)"
+        )

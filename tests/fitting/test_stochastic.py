@@ -1,0 +1,144 @@
+"""Noisy steps, and a rule for when to stop that can be relied on."""
+
+import numpy
+import pytest
+import torch
+from helpers.fit_models import guide_for, poisson, poisson_counts, subsampled
+from pyro.infer import Trace_ELBO
+
+from laplace_amort import FitStatus, MarginalLaplace, ModelError, QuasiNewton, Stochastic, fit
+from laplace_amort.fitting.stochastic import Phase
+from laplace_amort.linalg.whitening import Whitening
+
+Z = poisson_counts(40).double()[0]
+
+
+def phase_of(iterates, window=100):
+    """A phase with iterates ``(n, 1)`` behind it."""
+    whitening = Whitening.of_information(numpy.eye(1))
+    phase = Phase(0.1, numpy.zeros(1), whitening, torch.zeros(1))
+    for part in iterates.split(window):
+        phase.globals_.append(part)
+        phase.means.append(part.mean(0))
+    return phase
+
+
+def autoregression(n, coefficient, seed=0):
+    noise = torch.randn(n, generator=torch.Generator().manual_seed(seed))
+    values = [torch.zeros(())]
+    for epsilon in noise:
+        values.append(coefficient * values[-1] + (1 - coefficient**2) ** 0.5 * epsilon)
+    return torch.stack(values[1:])[:, None]
+
+
+# Iterates, and whether their average is one to rely on to 0.3 standard deviations.
+ITERATES = {
+    "independent": (autoregression(1000, 0.0), True),
+    "correlated": (autoregression(2000, 0.8), True),
+    "too correlated for so few": (autoregression(1000, 0.99), False),
+    "drifting": (torch.linspace(0, 3, 1000)[:, None] + 0.3 * autoregression(1000, 0.0), False),
+    "too few windows": (autoregression(300, 0.0), False),
+    "drift at first": (torch.cat([torch.linspace(5, 0, 400)[:, None], autoregression(600, 0.0)]), True),
+    "none of it matters": (torch.zeros(400, 0), True),
+}
+
+
+@pytest.mark.parametrize("name", ITERATES)
+def test_when_iterates_count_as_stationary(name):
+    iterates, expected = ITERATES[name]
+    assert phase_of(iterates).is_stationary(0.3) is expected
+
+
+def test_average_is_that_of_the_later_half():
+    iterates = torch.cat([torch.full((200, 1), 7.0), torch.full((200, 1), 2.0)])
+    assert phase_of(iterates).average() == pytest.approx(2.0)
+
+
+def test_minibatches_find_the_optimum_of_all():
+    """Four minibatches of 10, to half a standard deviation; those of the noise at the end are below 0.1."""
+    expected = fit(subsampled, guide_for(subsampled), Z, None, num_draws=256)
+    result = fit(subsampled, guide_for(subsampled), Z, 10, optimizer=Stochastic(accuracy=0.4, window=50))
+    assert result.status is FitStatus.CONVERGED
+    sd = expected.standard_errors()["mu"]
+    assert abs(result.guide.loc - expected.guide.loc) < 0.5 * sd
+    assert result.standard_error > 0
+    assert abs(result.objective - expected.objective) < 6 * (result.standard_error + expected.standard_error)
+    assert any(step.stage.startswith("stochastic") for step in result.history)
+
+
+def test_minibatches_are_noticed():
+    few = fit(subsampled, guide_for(subsampled), Z, 10, optimizer=Stochastic(window=20, max_steps=20))
+    assert few.status is FitStatus.MAX_STEPS
+    assert few.gaussian.local_loc.shape == (10, 1)
+    with pytest.raises(ModelError, match=r"takes 10 of 40 units of plate 'units'.*\n.*Stochastic\(\)"):
+        fit(subsampled, guide_for(subsampled), Z, 10, optimizer=QuasiNewton())
+
+
+def test_default_for_minibatches(monkeypatch):
+    monkeypatch.setattr(Stochastic, "__init__", lambda self: self.__dict__.update(vars(SHORT)))
+    result = fit(subsampled, guide_for(subsampled), Z, 10)
+    assert result.status is FitStatus.MAX_STEPS
+
+
+SHORT = Stochastic(window=20, max_steps=40)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "settings"),
+    [
+        (torch.optim.SGD, {"momentum": 0.5}),
+        (torch.optim.RMSprop, {}),
+        (torch.optim.AdamW, {"weight_decay": 0.0, "betas": (0.8, 0.95)}),
+    ],
+)
+@pytest.mark.parametrize("elbo", [None, Trace_ELBO()], ids=["vectorized", "looped"])
+def test_any_optimizer_of_torch_and_any_elbo_of_pyro(optimizer, settings, elbo):
+    """From three standard deviations away towards the optimum; nothing else is asked of so few steps."""
+    z = poisson_counts(20)
+    guide = guide_for(poisson)
+    how = Stochastic(optimizer, lr=0.1, elbo=elbo, window=20, max_steps=40, settings=settings)
+    result = fit(poisson, guide, z, optimizer=how)
+    expected = fit(poisson, guide_for(poisson), z)
+    sd = torch.stack([expected.standard_errors()[name] for name in ("mu", "tau")])
+    assert ((result.guide.loc - expected.guide.loc).abs() < 2 * sd).all()
+    assert result.guide.loc.isfinite().all()
+
+
+def test_steps_that_fail_are_stepped_back_from(monkeypatch):
+    """A loss that is NaN now and then; and one that always is."""
+    elbo = Trace_ELBO()
+    original, calls = elbo.loss_and_grads, []
+
+    def sometimes(*args):
+        calls.append(None)
+        loss = original(*args)
+        return float("nan") if len(calls) % 3 == 0 else loss
+
+    elbo.loss_and_grads = sometimes
+    how = Stochastic(elbo=elbo, window=20, max_steps=40)
+    result = fit(subsampled, guide_for(subsampled), Z, 10, optimizer=how)
+    assert result.status is FitStatus.MAX_STEPS
+    assert any("the loss is nan" in step.problem for step in result.history)
+    assert result.guide.loc.isfinite().all()
+    elbo.loss_and_grads = lambda *args: float("nan")
+    result = fit(subsampled, guide_for(subsampled), Z, 10, optimizer=how)
+    assert result.status is FitStatus.START_FAILED
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lr": 0.0}, "lr must be"),
+        ({"accuracy": -1.0}, "accuracy must be"),
+        ({"window": 5}, "20 steps"),
+        ({"window": 100, "max_steps": 50}, "one window"),
+    ],
+)
+def test_settings(settings, message):
+    with pytest.raises(ValueError, match=message):
+        Stochastic(**settings)
+
+
+def test_minibatches_are_no_marginal_density():
+    with pytest.raises(ModelError, match="MarginalLaplace needs all of them"):
+        fit(subsampled, guide_for(subsampled), Z, 10, objective=MarginalLaplace())

@@ -1,0 +1,1 @@
+"""What tests share: models, oracles, strategies and the means to compare."""

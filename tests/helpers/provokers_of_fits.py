@@ -1,0 +1,367 @@
+"""The smallest code that provokes each message of docs/troubleshooting.rst: fits, diagnoses and checks of guides."""
+
+import contextlib
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro import poutine
+from pyro.distributions import constraints
+
+from helpers.fit_models import branching, gaussian, guide_for, poisson, poisson_counts, subsampled
+from helpers.provokers import Z, counts_model
+from laplace_amort import (
+    GaussHermite,
+    LogJoint,
+    MarginalLaplace,
+    MarginalQuadrature,
+    QuasiNewton,
+    SoftAbs,
+    Stochastic,
+    TrustRegion,
+    diagnose,
+    dual_path_param,
+    fit,
+    observed_information,
+)
+from laplace_amort.testing import check_guide
+
+SCHOOLS = (
+    torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0], dtype=torch.float64),
+    torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0], dtype=torch.float64),
+)
+ANSWERS = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0], dtype=torch.float64).repeat(20)
+
+
+def schools(z, errors):
+    mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
+    tau = pyro.sample("tau", dist.HalfCauchy(5.0))
+    with pyro.plate("units", 8):
+        y = pyro.sample("y", dist.Normal(mu, tau))
+        pyro.sample("z", dist.Normal(y, errors), obs=z)
+
+
+def nowhere(z):
+    """The conditional density of a unit grows for ever."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("units", len(z)):
+        y = pyro.sample("y", dist.ImproperUniform(constraints.real, (), ()))
+        pyro.factor("up", torch.nn.functional.softplus(y + mu))
+
+
+def not_identified(z):
+    a, b = (pyro.sample(name, dist.ImproperUniform(constraints.real, (), ())) for name in "ab")
+    with pyro.plate("units", len(z)):
+        y = pyro.sample("y", dist.Normal(a + 2 * b, 1.0))
+        pyro.sample("z", dist.Normal(y, 1.0), obs=z)
+
+
+def kinked_likelihood(z):
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("units", len(z)):
+        y = pyro.sample("y", dist.Normal(mu, 1.0))
+        pyro.factor("z", -(((y - mu).abs() + 0.1 * z) ** 2))
+
+
+def global_kink(z):
+    mu = pyro.sample("mu", dist.Laplace(0.3, 0.01))
+    with pyro.plate("units", len(z)):
+        y = pyro.sample("y", dist.Normal(mu, 1.0))
+        pyro.sample("z", dist.Normal(y, 1.0), obs=z)
+
+
+def with_parameter(z):
+    mu = pyro.param("mu", torch.tensor(0.0))
+    with pyro.plate("units", len(z)):
+        pyro.sample("z", dist.Normal(pyro.sample("y", dist.Normal(mu, 1.0)), 1.0), obs=z)
+
+
+def summed(z):
+    """Units are independent, but the model adds their terms up itself."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("units", len(z)):
+        y = pyro.sample("y", dist.Normal(mu, 1.0))
+    pyro.factor("z", -((y - z) ** 2).sum(-1))
+
+
+def frozen(z):
+    """A scale that goes through NumPy: a constant of the recording."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    scale = 1 + 1e-4 * torch.as_tensor(mu.detach().numpy()).sin()
+    with pyro.plate("units", len(z)):
+        pyro.sample("z", dist.Normal(pyro.sample("y", dist.Normal(mu, scale)), 1.0), obs=z)
+
+
+def either_sign(z):
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("units", len(z)):
+        y = pyro.sample("y", dist.Normal(mu, 1.0))
+        pyro.sample("z", dist.Normal(y**2, 0.5), obs=z)
+
+
+def weighted(z):
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    tau = pyro.sample("tau", dist.HalfNormal(1.0))
+    with pyro.plate("units", z.shape[-1]):
+        y = pyro.sample("y", dist.Normal(mu, tau))
+        with pyro.plate("counts", 3, dim=-2), poutine.scale(scale=5.0):
+            pyro.sample("z", dist.Poisson(y.exp()), obs=z)
+
+
+def cauchy(z):
+    """Data that say nothing of the global, which has tails without end."""
+    pyro.sample("mu", dist.Cauchy(0.0, 1.0))
+    with pyro.plate("units", len(z)):
+        y = pyro.sample("y", dist.Normal(0.0, 1.0))
+        pyro.sample("z", dist.Normal(y, 1.0), obs=z)
+
+
+def one_answer(z):
+    mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
+    with pyro.plate("units", len(z)):
+        y = pyro.sample("y", dist.Normal(mu, 3.0))
+        pyro.sample("z", dist.Bernoulli(logits=y), obs=z)
+
+
+def answers(z):
+    """Five answers of each unit: the joint curvature of the scale is negative."""
+    tau = pyro.sample("tau", dist.HalfNormal(2.0))
+    with pyro.plate("units", len(z)):
+        y = pyro.sample("y", dist.Normal(1.0, tau))
+        pyro.sample("z", dist.Binomial(5, logits=y), obs=z)
+
+
+def one_sided(z):
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("units", len(z)):
+        y = pyro.sample("y", dist.StudentT(4.0, mu, 10.0))
+        pyro.sample("z", dist.Bernoulli(logits=y), obs=z)
+
+
+def heavy_units(z):
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("units", len(z)):
+        y = pyro.sample("y", dist.StudentT(1.5, mu, 1.0))
+        pyro.sample("z", dist.Normal(y, 30.0), obs=z)
+
+
+def fitted(model, *args, **options):
+    """What a fit says: how it ended, and its notes."""
+    result = fit(model, guide_for(model), *args, progress=False, **options)
+    return [f"{result.status.name}: {result.status}", *(f"note: {note}" for note in result.notes)]
+
+
+def diagnosed(model, *args, simulations=0, **options):
+    """What a diagnosis says of what is not good."""
+    result = fit(model, guide_for(model), *args, progress=False, **options)
+    found = diagnose(result, simulations=simulations, progress=False)
+    return [f"{f.name}: {f.sentence}" for f in found.findings if f.level > 0]
+
+
+def interrupted():
+    runs = iter(range(100))
+
+    def model(z):
+        if next(runs, 0) == 30:
+            raise KeyboardInterrupt
+        return branching(z)
+
+    return fitted(model, Z)
+
+
+def another_fit():
+    first = fit(gaussian, guide_for(gaussian), Z, progress=False)
+    fit(gaussian, guide_for(gaussian), 2 * Z, resume=first)
+
+
+def other_units():
+    first = fit(gaussian, guide_for(gaussian), Z, progress=False)
+    fit(gaussian, guide_for(gaussian), Z[:2], resume=first)
+
+
+def no_fit_file():
+    import tempfile
+    from pathlib import Path
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "weights.pt"
+        torch.save({"loc": torch.zeros(2)}, path)
+        fit(gaussian, guide_for(gaussian), Z, resume=path)
+
+
+def no_posterior():
+    _ = fit(nowhere, guide_for(nowhere), Z, progress=False).posterior
+
+
+def another_model():
+    fit(gaussian, guide_for(counts_model), Z)
+
+
+def mode(theta, z):
+    return 0.5 * theta[0] + 0.3 * torch.log1p(z) * theta[1].exp()
+
+
+def guide_with(bug):
+    """A hand-written guide of :func:`checked_model` with one mistake."""
+
+    def guide(z):
+        log_joint = LogJoint(checked_model, z)
+        theta = dual_path_param("theta_hat", torch.tensor([0.3, -0.2], dtype=z.dtype))
+        y_hat = mode(theta.curvature if bug == "leak" else theta.mean, z)
+        y_hat = y_hat.detach() if bug == "detached" else y_hat
+        information = observed_information(log_joint, theta.curvature, y_hat) * (2 if bug == "scale" else 1)
+        precision, _ = SoftAbs()(information)
+        normal = dist.MultivariateNormal(torch.cat([theta.mean, y_hat]), precision_matrix=precision)
+        joint = pyro.sample("joint", normal, infer={"is_auxiliary": True})
+        if bug != "Jacobian":
+            log_joint.sample_sites(joint)
+            return
+        for name, value in log_joint.constrain(joint).items():
+            with pyro.plate("units", len(z)) if name == "y" else contextlib.nullcontext():
+                pyro.sample(name, dist.Delta(value))
+
+    return guide
+
+
+def checked_model(z):
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    tau = pyro.sample("tau", dist.LogNormal(0.0, 0.5))
+    with pyro.plate("units", len(z)):
+        y = pyro.sample("y", dist.Normal(mu, tau))
+        pyro.sample("z", dist.Poisson(y.exp()), obs=z)
+
+
+def one_latent():
+    pyro.sample("x", dist.Normal(0.0, 1.0))
+
+
+def checked(guide, model=one_latent, *args):
+    pyro.clear_param_store()
+    check_guide(model, guide, *args)
+
+
+def drawing(fn):
+    """A guide that draws ``x`` from what is made of a parameter."""
+    return lambda: pyro.sample("x", fn(pyro.param("loc", torch.tensor(0.5))))
+
+
+def elsewhere():
+    pyro.sample("w", dist.Normal(pyro.param("loc", torch.tensor(0.5)), 1.0), infer={"is_auxiliary": True})
+
+
+def too_many():
+    normal = dist.Normal(pyro.param("loc", torch.zeros(2)), 1.0).to_event(1)
+    pyro.sample("x", dist.Delta(pyro.sample("raw", normal, infer={"is_auxiliary": True}).sum(-1)))
+
+
+def stateful(calls=[0]):  # noqa: B006
+    calls[0] += 1
+    pyro.sample("x", dist.Normal(pyro.param("loc", torch.tensor(0.0)) + 0.1 * calls[0], 1.0))
+
+
+def kink_model():
+    x = pyro.sample("x", dist.Normal(0.0, 1.0))
+    pyro.factor("kink", -x.abs())
+
+
+def kink_guide():
+    log_joint = LogJoint(kink_model)
+    loc = pyro.param("loc", torch.zeros(1))
+    normal = dist.MultivariateNormal(loc, precision_matrix=observed_information(log_joint, loc))
+    log_joint.sample_sites(pyro.sample("joint", normal, infer={"is_auxiliary": True}))
+
+
+FIT_MESSAGES = {
+    "TypeError: fit needs a guide of the amortized Laplace family, got": lambda: fit(
+        gaussian, pyro.infer.autoguide.AutoNormal(gaussian), Z
+    ),
+    "ModelError: the guide was made for another model than the one given": another_model,
+    "TypeError: objective must be one such as": lambda: fit(
+        gaussian, guide_for(gaussian), Z, objective=pyro.infer.Trace_ELBO()
+    ),
+    "TypeError: optimizer must be TrustRegion(), QuasiNewton() or Stochastic()": lambda: fit(
+        gaussian, guide_for(gaussian), Z, optimizer=torch.optim.Adam
+    ),
+    "TypeError: Stochastic() follows the ELBO of the guide, and ...() is another objective.": lambda: fit(
+        gaussian, guide_for(gaussian), Z, objective=MarginalLaplace(), optimizer=Stochastic()
+    ),
+    "TypeError: TrustRegion needs an objective with second derivatives": lambda: fit(
+        gaussian, guide_for(gaussian), Z, optimizer=TrustRegion()
+    ),
+    "ValueError: num_draws must be even": lambda: fit(gaussian, guide_for(gaussian), Z, num_draws=5),
+    "ValueError: a grid of ... points along each of the ... dimensions of a unit has": lambda: GaussHermite(9).points(
+        4, Z
+    ),
+    "ModelError: the model takes ... of ... units of plate '...' at a time, and ... needs all of them": lambda: fit(
+        subsampled, guide_for(subsampled), Z, 2, objective=MarginalLaplace()
+    ),
+    "ModelError: this objective moves the latents of the model, and '...' is a parameter.": lambda: fit(
+        with_parameter, guide_for(with_parameter), Z, objective=MarginalLaplace()
+    ),
+    "StructureError: ... of site '...' depends on ... units": lambda: fit(
+        summed, guide_for(summed), Z, objective=MarginalQuadrature()
+    ),
+    "MAX_STEPS: not converged in the steps allowed": lambda: fitted(
+        poisson, poisson_counts(5), objective=MarginalLaplace(), optimizer=TrustRegion(max_steps=2)
+    ),
+    "TOO_FEW_DRAWS: converged for its own draws only": lambda: fitted(schools, *SCHOOLS),
+    "STUCK: not converged: no step improves the objective although its gradient is not zero": lambda: fitted(
+        global_kink, Z, objective=MarginalLaplace(), optimizer=QuasiNewton()
+    ),
+    "NO_MAXIMUM: not converged: at the best point the objective is flat or curves upwards": lambda: fitted(
+        not_identified, Z, objective=MarginalQuadrature()
+    ),
+    "START_FAILED: not begun: the objective does not exist at the start nor near it": lambda: fitted(nowhere, Z),
+    "INTERRUPTED: interrupted: the guide stands at the best point found": interrupted,
+    "ValueError: there is no posterior": no_posterior,
+    "note: every evaluation ran the model in Python, which takes longer: the model takes the value": lambda: fitted(
+        branching, Z
+    ),
+    "note: every evaluation ran the model in Python, which takes longer: the ... of the recorded model": lambda: fitted(
+        frozen, Z
+    ),
+    "note: the last point without an objective": lambda: fitted(nowhere, Z),
+    "note: flattest is the direction": lambda: fitted(not_identified, Z, objective=MarginalQuadrature()),
+    "note: the curvature of ... changes by ... % within": lambda: fitted(
+        kinked_likelihood, Z, objective=MarginalLaplace()
+    ),
+    "ResumeError: the saved fit went another way than this one": another_fit,
+    "ResumeError: the saved fit has ... parameters and units ..., and this guide has others.": other_units,
+    "ResumeError: ... was not written by FitResult.save": no_fit_file,
+    "convergence: not converged": lambda: diagnosed(
+        gaussian, Z, objective=MarginalLaplace(), optimizer=TrustRegion(max_steps=1)
+    ),
+    "repair, globals: the precision is not that of a maximum": lambda: diagnosed(
+        answers, (5 * ANSWERS[:50]).clamp(1, 4)
+    ),
+    "k-hat, globals: the tail of the importance weights is too heavy, or few draws count": lambda: diagnosed(
+        cauchy, Z, objective=MarginalLaplace()
+    ),
+    "k-hat, globals: the Gaussian does not cover the marginal density of the globals": lambda: diagnosed(cauchy, Z),
+    "error, globals: against ..., worst of all at": lambda: diagnosed(one_answer, ANSWERS, objective=MarginalLaplace()),
+    "error, units: against ..., worst of all at": lambda: diagnosed(one_answer, ANSWERS),
+    "skewness, units: worst of all unit": lambda: diagnosed(one_sided, ANSWERS, objective=MarginalLaplace()),
+    "k-hat, units: worst of all unit": lambda: diagnosed(heavy_units, 30 * Z, objective=MarginalLaplace()),
+    "second start: unit ... has another mode": lambda: diagnosed(either_sign, Z, objective=MarginalLaplace()),
+    "simulated scores: ... data sets drawn from the model do not agree with its marginal density": lambda: diagnosed(
+        weighted, poisson_counts().double(), objective=MarginalLaplace(), simulations=25
+    ),
+    "GuideCheckError: ... path leak at": lambda: checked(guide_with("leak"), checked_model, Z),
+    "GuideCheckError: ... partial Hessian at": lambda: checked(guide_with("scale"), checked_model, Z),
+    "GuideCheckError: ... log density at": lambda: checked(guide_with("Jacobian"), checked_model, Z),
+    "GuideCheckError: ... ELBO gradient at": lambda: checked(guide_with("detached"), checked_model, Z),
+    "GuideCheckError: ... Finite differences cannot decide": lambda: checked(kink_guide, kink_model),
+    "GuideCheckError: the guide draws no continuous site": lambda: checked(drawing(dist.Delta)),
+    "GuideCheckError: site '...' of the guide (...) is not reparameterized": lambda: checked(
+        drawing(lambda loc: dist.Normal(loc, 1.0).has_rsample_(False))
+    ),
+    "GuideCheckError: the guide has no parameter": lambda: checked(one_latent),
+    "GuideCheckError: the loss differs between two runs with the same seed": lambda: checked(stateful),
+    "GuideCheckError: the guide is not Gaussian in unconstrained coordinates": lambda: checked(
+        drawing(lambda loc: dist.StudentT(3.0, loc, 1.0))
+    ),
+    "GuideCheckError: the guide has no site for the latents": lambda: checked(elsewhere),
+    "GuideCheckError: the guide draws ... numbers for ... unconstrained latents of the model": lambda: checked(
+        too_many
+    ),
+}

@@ -1,0 +1,152 @@
+"""What a posterior is like in use: seeds, quantiles, chunks, what it prints, and when it is made.
+
+Draws are of fixed seeds. Averages of them are compared within LIMIT standard errors.
+"""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from helpers.fit_models import gaussian, guide_for, poisson, poisson_counts
+from helpers.posteriors import LIMIT, fitted, joined, posterior_of
+
+from laplace_amort import FitStatus, FixedDrawELBO, MarginalLaplace, MarginalQuadrature, NestedELBO, fit
+from laplace_amort.posterior.posterior import _quantiles, _weighted_quantiles
+
+Z = torch.tensor([1.0, 3.0, -0.5, 2.0], dtype=torch.float64)
+
+
+def hierarchy(objective=MarginalQuadrature()):  # noqa: B008
+    return posterior_of(poisson, poisson_counts(8).double(), objective=objective)
+
+
+@pytest.mark.parametrize("objective", [FixedDrawELBO(accuracy=0.2), NestedELBO(accuracy=0.2), MarginalQuadrature()])
+def test_seeds_of_draws(objective):
+    """Nothing touches the state of torch's generator, and neither does that state change anything."""
+    result = fit(poisson, guide_for(poisson), poisson_counts(8).double(), objective=objective, seed=5)
+    state = torch.get_rng_state()
+    posterior = result.posterior
+    first, mean = posterior.sample(20), posterior.mean()
+    assert str(posterior)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(99)
+    again, same, other = posterior.sample(20), posterior.sample(20, seed=5), posterior.sample(20, seed=6)
+    for name in first:
+        assert torch.equal(first[name], again[name])
+        assert torch.equal(first[name], same[name])
+        assert not torch.equal(first[name], other[name])
+        assert torch.equal(posterior.mean()[name], mean[name])
+
+
+def test_draws_come_in_no_order():
+    """Any part of them is a sample; the first half agrees with the second, and neighbors are not alike."""
+    draws = hierarchy().sample(4000)
+    for values in draws.values():
+        halves = values.reshape(2, 2000, -1)
+        error = LIMIT * (2 / 2000) ** 0.5 * values.reshape(4000, -1).std(0)
+        assert ((halves[0].mean(0) - halves[1].mean(0)).abs() < error).all()
+        z = (values - values.mean(0)) / values.std(0)
+        assert ((z[1:] * z[:-1]).mean(0).abs() < LIMIT / 4000**0.5).all()
+
+
+def test_quantiles():
+    posterior = hierarchy()
+    probabilities = [0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0]
+    found, draws = posterior.quantiles(probabilities, num_samples=1000), posterior.sample(1000)
+    for name, values in found.items():
+        assert (values.diff(dim=0) >= 0).all()
+        torch.testing.assert_close(values, torch.quantile(draws[name], torch.tensor(probabilities), dim=0))
+
+
+def test_quantiles_of_a_normal():
+    posterior = posterior_of(gaussian, Z, objective=MarginalQuadrature())
+    probabilities = torch.tensor([0.05, 0.5, 0.95])
+    for name, values in posterior.quantiles(probabilities.tolist(), num_samples=20_000).items():
+        z = (values - posterior.mean()[name]) / posterior.std()[name]
+        expected = torch.special.ndtri(probabilities).reshape(-1, *(1,) * (z.dim() - 1))
+        # The standard error of an extreme quantile of so many draws is 0.015.
+        torch.testing.assert_close(z, expected.expand_as(z), atol=0.015 * LIMIT, rtol=0)
+
+
+@pytest.mark.parametrize("wrong", [-0.1, 1.5])
+def test_quantiles_that_are_none_are_refused(wrong):
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        posterior_of(gaussian, Z).quantiles([wrong])
+
+
+def test_quantiles_of_many_elements():
+    """Of more than torch.quantile takes, which is 2 ** 24."""
+    values = torch.arange(2.0**24 + 1).flip(0)
+    assert _quantiles(values, torch.tensor([0.25, 1.0])).tolist() == [2.0**22, 2.0**24]
+
+
+def test_weighted_quantiles():
+    values, weights = torch.tensor([3.0, 1.0, 2.0]), torch.tensor([0.25, 0.5, 0.25])
+    assert _weighted_quantiles(values, weights, (0.25, 0.625, 0.875)) == pytest.approx([1.0, 2.0, 3.0])
+    equal = torch.full((1000,), 1e-3)
+    assert _weighted_quantiles(torch.arange(1000.0), equal, (0.1, 0.5)) == pytest.approx([99.5, 499.5])
+
+
+def test_chunks_make_no_difference_to_moments(monkeypatch):
+    posterior, small = hierarchy(), hierarchy()
+    monkeypatch.setattr(type(small.units), "chunk", lambda self: 97)
+    torch.testing.assert_close(joined(small.mean()), joined(posterior.mean()), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(joined(small.std()), joined(posterior.std()), rtol=1e-9, atol=1e-9)
+    draws = small.sample(200)
+    assert draws["y"].shape == (200, 8)
+    assert len(draws["y"].unique(dim=0)) == 200
+
+
+def test_thinned():
+    """The units are averaged over fewer globals; the globals themselves are as they were."""
+    posterior = hierarchy()
+    thinned = posterior.thinned(256)
+    assert torch.equal(thinned.mean()["mu"], posterior.mean()["mu"])
+    for name in ("mean", "std"):
+        few, all_ = getattr(thinned, name)()["y"], getattr(posterior, name)()["y"]
+        assert not torch.equal(few, all_)
+        assert ((few - all_) / posterior.std()["y"]).abs().max() < 0.1
+
+
+def test_it_prints_the_globals():
+    posterior = fitted("binomial_slopes").posterior
+    shown = str(posterior)
+    for label in (
+        "mu[0]",
+        "mu[1]",
+        "tau[0]",
+        "tau[1]",
+        "mean",
+        "sd",
+        "5 %",
+        "95 %",
+        f"k-hat of the globals {posterior.k_hat:.2f}",
+    ):
+        assert label in shown
+    assert f"{float(posterior.mean()['mu'][1]):.4g}" in shown
+    assert "do not rely" not in shown
+
+
+@pytest.mark.parametrize("k_hat", [0.71, 5.0, math.inf])
+def test_it_prints_what_is_not_to_be_relied_on(k_hat):
+    posterior = posterior_of(gaussian, Z)
+    globals_ = dataclasses.replace(posterior.globals_, k_hat=k_hat)
+    assert "do not rely on it" in str(dataclasses.replace(posterior, globals_=globals_))
+
+
+def test_it_is_made_once_and_stays_when_the_guide_moves_on():
+    z = poisson_counts(8).double()
+    result, moved = (fit(poisson, guide_for(poisson), z, objective=MarginalLaplace()) for _ in range(2))
+    with torch.no_grad():
+        moved.guide.loc.add_(1.0)
+    assert result.posterior is result.posterior
+    assert torch.equal(joined(moved.posterior.mean()), joined(result.posterior.mean()))
+    fit(poisson, result.guide, poisson_counts(8, seed=3).double(), objective=MarginalLaplace())
+    assert torch.equal(joined(result.posterior.thinned(None).mean()), joined(moved.posterior.mean()))
+
+
+def test_a_fit_without_a_posterior_has_none(monkeypatch):
+    result = fit(gaussian, guide_for(gaussian), Z, objective=MarginalLaplace())
+    with pytest.raises(ValueError, match="there is no posterior"):
+        _ = dataclasses.replace(result, gaussian=None, status=FitStatus.START_FAILED).posterior
