@@ -1,6 +1,6 @@
 """Functions of globals and units, and their derivatives: two paths of one parameter, information, recordings."""
 
-from laplace_amort.autodiff.batching import SeparableDensity, values_and_gradients
+from laplace_amort.autodiff.batching import Gradients, SeparableDensity, values_and_gradients
 from laplace_amort.autodiff.derivatives import differentiate, refuse_without_autograd, reverse_passes
 from laplace_amort.autodiff.graph import ancestors_of
 from laplace_amort.autodiff.information import (
@@ -14,6 +14,7 @@ from laplace_amort.autodiff.information import (
     subsample_information,
 )
 from laplace_amort.autodiff.paths import CURVATURE, DualPath, DualPathParam, check_paths, dual_path, is_dual_edge
+from laplace_amort.autodiff.points import nearby
 from laplace_amort.autodiff.recording import Recording, record
 from laplace_amort.autodiff.structure import check_structure
 
@@ -23,6 +24,7 @@ __all__ = [
     "DualPath",
     "DualPathParam",
     "FirstDerivatives",
+    "Gradients",
     "Recording",
     "SeparableDensity",
     "ancestors_of",
@@ -35,6 +37,7 @@ __all__ = [
     "is_dual_edge",
     "local_curvature",
     "local_information",
+    "nearby",
     "observed_information",
     "record",
     "refuse_without_autograd",

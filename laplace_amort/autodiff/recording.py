@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_any, tree_map_only
 
+from laplace_amort.autodiff.points import nearby
 from laplace_amort.autodiff.simplify import simplified
 from laplace_amort.errors import LaplaceAmortError, RecordingError
 from laplace_amort.types import Density
@@ -114,7 +115,7 @@ def _recorded_and_checked(log_joint: Density, global_: Tensor, local: Tensor) ->
         recording = _recorded(log_joint, global_, local)
     except _InPlace:  # as torch itself does in some densities
         recording = _recorded(torch.func.functionalize(log_joint, remove="mutations"), global_, local)
-    points = [(_moved(global_, share), _moved(local, share)) for share in _COMPARED]
+    points = [(nearby(global_, share, 1), nearby(local, share, 2)) for share in _COMPARED]
     for point in points:
         recording.check(log_joint, *point)
     with torch.no_grad():  # shapes that depend on values do not map
@@ -240,11 +241,6 @@ def _merge_equal(graph: fx.Graph) -> None:
             if same is not node:
                 node.replace_all_uses_with(same)
                 graph.erase_node(node)
-
-
-def _moved(value: Tensor, share: float) -> Tensor:
-    generator = torch.Generator().manual_seed(value.dim())
-    return value.detach() + share * torch.randn(value.shape, generator=generator).to(value)
 
 
 def _value_and_gradients(log_joint: Density, global_: Tensor, local: Tensor) -> list[Tensor]:

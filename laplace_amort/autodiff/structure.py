@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from laplace_amort.autodiff.information import ArrowheadBlocks, FirstDerivatives, first_derivatives
+from laplace_amort.autodiff.points import fixed_normal
 from laplace_amort.errors import InformationError, StructureError
-from laplace_amort.linalg import matvec
 from laplace_amort.types import Density
 
 __all__ = [
@@ -69,7 +69,7 @@ def check_structure(
     with torch.no_grad():
         slopes = first_derivatives(log_joint, global_, local)
         blocks = slopes.blocks() if blocks is None else blocks
-        vector = _random_like(global_), _random_like(local)
+        vector = fixed_normal(global_, 1), fixed_normal(local, 2)
         actual, expected = slopes.product(vector), _product(blocks, vector)
         # Rounding errors are relative to sums of absolute values.
         size = _product([block.abs() for block in blocks], [part.abs() for part in vector])
@@ -84,15 +84,11 @@ def check_structure(
             )
 
 
-def _random_like(value: Tensor) -> Tensor:
-    return torch.randn(value.shape, generator=torch.Generator().manual_seed(value.dim())).to(value)
-
-
 def _product(blocks: Sequence[Tensor], vector: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """The product of an arrowhead with a vector, ``(d,)`` and ``(N, k)``."""
     (head, border, tail), (v_global, v_local) = blocks, vector
     in_global = head @ v_global + (border * v_local.unsqueeze(-1)).sum((0, 1))
-    return in_global, border @ v_global + matvec(tail, v_local)
+    return in_global, border @ v_global + (tail @ v_local.unsqueeze(-1)).squeeze(-1)
 
 
 def _raise_coupled(slopes: FirstDerivatives, wrong: Tensor, names: Sequence[str] | None) -> None:
@@ -100,7 +96,7 @@ def _raise_coupled(slopes: FirstDerivatives, wrong: Tensor, names: Sequence[str]
     num_units, local_dim = wrong.shape
     names = [f"coordinate {j}" if names is None else f"'{names[j]}'" for j in range(local_dim)]
     unit = int(wrong.any(1).nonzero()[0])
-    others = slopes.product((torch.zeros_like(slopes.global_), _random_like(slopes.local) * _one(wrong, unit)))[1]
+    others = slopes.product((torch.zeros_like(slopes.global_), fixed_normal(slopes.local, 2) * _one(wrong, unit)))[1]
     others[unit] = 0
     partner, other = divmod(int(others.abs().argmax()), local_dim)
     if others[partner, other] == 0:

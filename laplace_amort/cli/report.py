@@ -42,7 +42,7 @@ class Report:
             return None
         try:
             if result.status is FitStatus.INTERRUPTED:
-                return FixedDrawELBO().posterior(result.rung.problem, result.gaussian, result.rung.seed)
+                return FixedDrawELBO().posterior(result.problem, result.gaussian, result.seed)
             return result.posterior
         except (*NUMERICAL_ERRORS, ValueError) as error:
             self.problem = f"there is no posterior: {error}"
@@ -111,16 +111,16 @@ class Report:
         return tabulate(rows, headers, floatfmt=".4g", disable_numparse=[0])
 
     def _labels(self) -> list[str]:
-        model = self.result.rung.problem.unit_model
+        model = self.result.problem.unit_model
         frame = model.layout.frame
         return self.case.labels(frame.name, int(frame.full_size), model.units, self.options.unit_labels)
 
     def _labels_by_row(self, numbers: Any) -> list[str]:
-        found = dict(zip(self.result.rung.problem.unit_model.units.tolist(), self._labels(), strict=True))
+        found = dict(zip(self.result.problem.unit_model.units.tolist(), self._labels(), strict=True))
         return [found[int(number)] for number in numbers]
 
     def _coords(self) -> dict[str, list[str]]:
-        labels, plate = self._labels(), self.result.rung.problem.unit_model.layout.frame.name
+        labels, plate = self._labels(), self.result.problem.unit_model.layout.frame.name
         return {} if labels == [str(number) for number in range(len(labels))] else {plate: labels}
 
 

@@ -10,19 +10,15 @@ Journal of Statistical Software 70(5).
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 
 import numpy
 import scipy.stats
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from laplace_amort.autodiff import SeparableDensity
 from laplace_amort.errors import NUMERICAL_ERRORS
 from laplace_amort.guide import LaplaceGaussian, Problem
-from laplace_amort.model import separated, unit_owners
 from laplace_amort.types import Vector
 from laplace_amort.units import QuadraturePoints, QuadratureRule, UnitIntegrals
 
@@ -74,9 +70,7 @@ def check_consistency(
     d = len(gaussian.global_loc)
     if num_simulations < d + 2:
         raise ValueError(f"{num_simulations} simulations say nothing of {d} globals: take at least {d + 2}")
-    live = problem.unit_model.live()
-    owners = unit_owners(live, gaussian.global_loc, gaussian.local_loc)
-    values = live.constrain_global(gaussian.global_loc)
+    simulations = problem.simulations(gaussian)
     points = rule.points(gaussian.local_loc.shape[1], gaussian.global_loc)
     scores: list[Vector] = []
     failed = 0
@@ -85,9 +79,7 @@ def check_consistency(
         bar = tqdm(range(num_simulations), "simulations", disable=None if progress else True, leave=False)
         try:
             for _ in bar:
-                model = copy.copy(live)
-                model.density = live.density.simulated(values)
-                score = _score(separated(model, owners), problem, gaussian, points)
+                score = _score(next(simulations), gaussian, points)
                 if score is None:
                     failed += 1
                 else:
@@ -97,25 +89,17 @@ def check_consistency(
     return _tested(numpy.array(scores).reshape(-1, d), gaussian, failed)
 
 
-def _score(
-    density: SeparableDensity, problem: Problem, gaussian: LaplaceGaussian, points: QuadraturePoints
-) -> Vector | None:
-    """The derivative of the log probability of the data, without the prior of the globals; None where there is none."""
-    likelihood = SeparableDensity(_nothing, density.units)
-    integrals = UnitIntegrals(likelihood, problem.integrals.mode)
+def _score(likelihood: UnitIntegrals, gaussian: LaplaceGaussian, points: QuadraturePoints) -> Vector | None:
+    """The derivative of the log probability of the data; None where there is none."""
     globals_ = gaussian.global_loc.unsqueeze(0)
     # The modes of the data at hand tell nothing of those of others but where they are on the whole.
     start = gaussian.local_loc.mean(0).expand_as(gaussian.local_loc).unsqueeze(0)
     try:
-        found = integrals.values_and_gradients(points, QuadraturePoints.log_integral, globals_, start)
+        found = likelihood.values_and_gradients(points, QuadraturePoints.log_integral, globals_, start)
     except NUMERICAL_ERRORS:
         return None
     score: Vector = found.gradients[0].double().cpu().numpy()
     return score if numpy.isfinite(score).all() and not bool(found.lost.any()) else None
-
-
-def _nothing(global_: Tensor, local: Tensor) -> Tensor:
-    return (global_ * 0).sum()
 
 
 def _tested(scores: Vector, gaussian: LaplaceGaussian, failed: int) -> Consistency:

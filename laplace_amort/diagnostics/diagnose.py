@@ -88,9 +88,9 @@ def diagnose(result: FitResult, *, simulations: int = 100, seed: int = 0, progre
         return Diagnosis(tuple(findings), "fit(model, guide, *args, starts=20)")
     tails = None
     try:
-        if result.rung.problem.subsamples:
+        if result.problem.subsamples:
             raise ModelError("the fit took minibatches, and everything else needs all units at once")
-        integrals = result.rung.problem.integrals
+        integrals = result.problem.integrals
         findings += _against_next_rung(result, seed)
         there = integrals.conditionals(result.gaussian.global_loc[None], result.gaussian.local_loc[None])
         tails = _tails(result, there)
@@ -112,15 +112,15 @@ def unit_tails(result: FitResult) -> UnitTails:
     """
     if result.gaussian is None:
         raise ValueError(f"there is no posterior: {result.status}")
-    if result.rung.problem.subsamples:
+    if result.problem.subsamples:
         raise ModelError("the fit took minibatches, and the tails of the units need all of them at once")
-    integrals = result.rung.problem.integrals
+    integrals = result.problem.integrals
     there = integrals.conditionals(result.gaussian.global_loc[None], result.gaussian.local_loc[None])
     return _tails(result, there)
 
 
 def _tails(result: FitResult, there: Conditionals) -> UnitTails:
-    target = result.rung.problem
+    target = result.problem
     units, k_hat = unit_k_hat(target.integrals, there, _global(result))
     return UnitTails(target.unit_model.layout.frame.name, units.astype(int), k_hat, len(there.mode[0]))
 
@@ -152,13 +152,13 @@ def _repairs(result: FitResult) -> Iterator[Finding]:
 
 def _rule(result: FitResult) -> QuadratureRule:
     """How the rung integrates over units."""
-    objective = result.rung.objective
+    objective = result.maximized
     return objective.rule if isinstance(objective, MarginalQuadrature) else Laplace()
 
 
 def _next_rule(result: FitResult) -> QuadratureRule:
     """The rule to compare with: more points, and from one point to enough of them."""
-    rule, k = _rule(result), result.rung.problem.start.shape[1]
+    rule, k = _rule(result), result.problem.start.shape[1]
     if isinstance(rule, Laplace):
         return GaussHermite(9 if k <= 2 else 5) if k <= GRID_DIM else StudentPoints(256)
     return rule.finer(k)
@@ -166,9 +166,9 @@ def _next_rule(result: FitResult) -> QuadratureRule:
 
 def _reference(result: FitResult, seed: int) -> Posterior:
     """The posterior of the next rung, with the same draws as far as possible."""
-    gaussian, integrals = result.posterior.gaussian, result.rung.problem.integrals
+    gaussian, integrals = result.posterior.gaussian, result.problem.integrals
     rule = _next_rule(result)
-    globals_ = marginal_sample(integrals, rule, gaussian, result.rung.seed + seed)
+    globals_ = marginal_sample(integrals, rule, gaussian, result.seed + seed)
     averaged = max(_LEAST, _AVERAGED // max(gaussian.local_loc.numel(), 1))
     return Posterior(gaussian, globals_, WeightedUnits(gaussian, integrals, rule), result.posterior.seed, averaged)
 
@@ -207,7 +207,7 @@ def _k_hat(name: str, found: ImportanceSample) -> Finding:
 
 def _k_hat_of_gaussian(result: FitResult) -> Finding:
     """The weights of draws of the globals from the Gaussian that a guide is."""
-    gaussian, integrals = result.posterior.gaussian, result.rung.problem.integrals
+    gaussian, integrals = result.posterior.gaussian, result.problem.integrals
     if not len(gaussian.global_loc):
         return Finding("k-hat, globals", Level.GOOD, "none", "there are no globals")
     globals_ = torch.from_numpy(result.posterior.globals_.draws[:_OWN]).to(gaussian.global_loc)
@@ -234,7 +234,7 @@ def _compared(
 
 
 def _units(result: FitResult, there: Conditionals, tails: UnitTails) -> Iterator[Finding]:
-    target, global_ = result.rung.problem, _global(result)
+    target, global_ = result.problem, _global(result)
     moments = unit_moments(target.integrals, there, global_, _next_rule(result))
     skewness = moments.skewness.abs().amax(-1)
     worst = int(skewness.argmax())
@@ -255,7 +255,7 @@ def _units(result: FitResult, there: Conditionals, tails: UnitTails) -> Iterator
 
 
 def _second_starts(result: FitResult, there: Conditionals) -> Finding:
-    target = result.rung.problem
+    target = result.problem
     found = other_modes(target.integrals, there, _global(result))
     unit = int(found.share.argmax())
     share, several = float(found.share[unit]), int((found.share > _OTHER[0]).sum())
@@ -274,10 +274,10 @@ def _consistency(result: FitResult, simulations: int, seed: int, progress: bool)
     name, gaussian = "simulated scores", result.posterior.gaussian
     if not len(gaussian.global_loc):
         return Finding(name, Level.GOOD, "none", "there are no globals")
-    objective = result.rung.objective
+    objective = result.maximized
     rule = _rule(result) if isinstance(objective, MarginalLaplace | MarginalQuadrature) else _next_rule(result)
     try:
-        found = check_consistency(result.rung.problem, gaussian, rule, simulations, seed, progress)
+        found = check_consistency(result.problem, gaussian, rule, simulations, seed, progress)
     except (ModelError, ValueError) as error:
         return Finding(name, Level.UNKNOWN, "", str(error))
     if not numpy.isfinite(found.p_value):
@@ -300,8 +300,8 @@ def _consistency(result: FitResult, simulations: int, seed: int, progress: bool)
 
 def _advice(result: FitResult, findings: list[Finding]) -> str:
     levels = {finding.name: finding.level for finding in findings}
-    objective = result.rung.objective
-    if max(levels.values()) < Level.DOUBTFUL or result.rung.problem.subsamples:
+    objective = result.maximized
+    if max(levels.values()) < Level.DOUBTFUL or result.problem.subsamples:
         return ""
     if levels["convergence"] is Level.BAD and not isinstance(objective, FixedDrawELBO):
         is_one_point = isinstance(objective, MarginalLaplace)

@@ -8,10 +8,9 @@ import numpy
 import torch
 from torch import Tensor
 
-from laplace_amort.linalg import blocks
 from laplace_amort.posterior import pareto_smoothed
 from laplace_amort.types import Vector
-from laplace_amort.units import Conditionals, QuadraturePoints, UnitIntegrals, _values, sobol_points
+from laplace_amort.units import Conditionals, QuadraturePoints, UnitIntegrals, sobol_points, values_at
 
 __all__ = [
     "OtherModes",
@@ -39,7 +38,7 @@ def unit_k_hat(integrals: UnitIntegrals, there: Conditionals, global_: Tensor) -
     noise = numpy.concatenate([sobol_points(_DRAWS // 2, k, seed) for seed in (0, 1)])
     z = torch.special.ndtri(torch.from_numpy(noise)).to(global_)
     flat = z.new_zeros(_DRAWS)
-    ratios = _values(integrals, there, global_, QuadraturePoints(z, flat, flat)) + (z**2).sum(-1, keepdim=True) / 2
+    ratios = values_at(integrals, there, global_, QuadraturePoints(z, flat, flat)) + (z**2).sum(-1, keepdim=True) / 2
     shares = ratios.softmax(0)
     units = (shares**2).sum(0).argsort(descending=True)[:_UNITS]
     return units.cpu().numpy(), pareto_smoothed(ratios[:, units].T.double().cpu().numpy()).k_hat
@@ -84,12 +83,11 @@ def other_modes(integrals: UnitIntegrals, there: Conditionals, global_: Tensor) 
 
 def _other_starts(there: Conditionals) -> Tensor:
     """Starts of all units, ``(S, N, k)``."""
-    mode, scale = there.mode[0], there.scale_tril[0]
+    mode = there.mode[0]
     generator = torch.Generator().manual_seed(0)
     direction = torch.randn(mode.shape, generator=generator, dtype=torch.float64).to(mode)
     direction = direction / direction.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(mode.dtype).tiny)
-    step = blocks.matvec(scale, direction)
-    around = [mode + away * step for away in _AWAY]
+    around = there.at(direction * torch.tensor(_AWAY).to(mode).reshape(1, -1, 1, 1))[0]
     shuffled = mode[torch.randperm(len(mode), generator=generator).to(mode.device)]
     low, high = mode.amin(0).expand_as(mode), mode.amax(0).expand_as(mode)
     return torch.stack([*around, shuffled, low, high, -mode, torch.zeros_like(mode)])

@@ -3,7 +3,6 @@
 from laplace_amort.fitting.evaluation import FitStatus
 from laplace_amort.fitting.fit import fit
 from laplace_amort.fitting.history import CHECK, Step
-from laplace_amort.fitting.journal import Journal
 from laplace_amort.fitting.objectives.elbo import FixedDrawELBO
 from laplace_amort.fitting.objectives.ladder import Ladder
 from laplace_amort.fitting.objectives.laplace import MarginalLaplace
@@ -18,7 +17,6 @@ __all__ = [
     "FitResult",
     "FitStatus",
     "FixedDrawELBO",
-    "Journal",
     "Ladder",
     "MarginalLaplace",
     "MarginalQuadrature",

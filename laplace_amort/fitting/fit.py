@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from laplace_amort.autodiff import local_information
 from laplace_amort.errors import NUMERICAL_ERRORS, ModelError
 from laplace_amort.fitting.evaluation import FitStatus, Maximum
 from laplace_amort.fitting.history import History, progress_bar
@@ -21,7 +20,7 @@ from laplace_amort.fitting.objectives.base import Objective
 from laplace_amort.fitting.objectives.elbo import FixedDrawELBO
 from laplace_amort.fitting.objectives.laplace import MarginalLaplace
 from laplace_amort.fitting.optimizers import Optimizer, TrustRegion
-from laplace_amort.fitting.result import FitResult, Optimum, Rung, load_saved
+from laplace_amort.fitting.result import FitResult, Optimum, load_saved
 from laplace_amort.fitting.search import End, find_ends, fresh_value, positive
 from laplace_amort.fitting.stochastic import Stochastic, StochasticState
 from laplace_amort.guide import AutoLaplaceFamily, LaplaceGaussian, Problem
@@ -29,8 +28,6 @@ from laplace_amort.guide import AutoLaplaceFamily, LaplaceGaussian, Problem
 __all__ = ["fit"]
 
 _START_STEPS = 100  # on the one minibatch with which a stochastic fit begins
-# Conditional standard deviations beside the mode where curvatures are compared, and by what share they may differ.
-_BESIDE, _NOTICEABLE = 1e-3, 0.05
 
 
 def fit(
@@ -104,7 +101,7 @@ def fit(
         if saved.start is None:
             saved = saved._replace(start=problem.state())
         problem.restore(saved.start)  # a fit that goes on begins where it began, to read what it found from there
-        journal = Journal(saved.entries, saved.state, guide.warm_start.state, guide.warm_start.restore)
+        journal = Journal(saved.entries, saved.state, problem.memory, problem.recall)
         run = History(problem, journal, seed, bar)
         run.add_time("set-up", time.perf_counter() - begun)
         journal.call(f"log joint {problem.log_joint_at_start():.17g}", lambda: None)  # so that no other model goes on
@@ -187,7 +184,7 @@ def _result(
         notes.append(describe_flattest(_global_names(problem), signs, maximum.evaluation.information))
     gaussian = _gaussian(problem, objective, maximum)
     if gaussian is not None:
-        notes += _kinks(problem, gaussian)
+        notes += problem.kinks(gaussian)
     return FitResult(
         status=maximum.status,
         guide=problem.guide,
@@ -201,7 +198,9 @@ def _result(
         notes=notes,
         gaussian=gaussian,
         saved=saved,
-        rung=Rung(objective, problem, run.seed),
+        maximized=objective,
+        problem=problem,
+        seed=run.seed,
     )
 
 
@@ -228,23 +227,6 @@ def _global_names(problem: Problem) -> list[str]:
         site.name if site.shape.numel() == 1 else f"{site.name}[{index}]"
         for site in problem.unit_model.layout.global_sites.values()
         for index in range(site.shape.numel())
-    ]
-
-
-@torch.no_grad()
-def _kinks(problem: Problem, gaussian: LaplaceGaussian) -> list[str]:
-    """Say so if the curvature of a unit at its mode is not that beside it: autograd sees none at the tip of a kink."""
-    model, tail = problem.unit_model, gaussian.precision.tail
-    beside = gaussian.local_loc + _BESIDE * gaussian.precision.local_scale_tril.sum(-1)
-    _, there = local_information(model.log_joint, gaussian.global_loc, beside)
-    change = ((there / problem.weight - tail).flatten(1).norm(dim=1) / tail.flatten(1).norm(dim=1)).nan_to_num(nan=0.0)
-    if not len(change) or change.max() < _NOTICEABLE:
-        return []
-    unit = int(change.argmax())
-    return [
-        f"the curvature of {model.describe(unit)} changes by {100 * float(change[unit]):.0f} % within {_BESIDE:g} "
-        f"standard deviations of its mode ({int((change > _NOTICEABLE).sum())} of {len(change)} units): do not rely on "
-        "it. Is there a kink, such as abs, max or clamp, in the density?"
     ]
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from pyro.infer import Predictive
@@ -36,22 +36,9 @@ from laplace_amort.posterior import (
     records_frame,
 )
 
-__all__ = ["FitResult", "Optimum", "Rung", "summary_lines"]
+__all__ = ["FitResult", "Optimum", "summary_lines"]
 
 _FORMAT = "laplace_amort fit 1"
-
-
-class Rung(NamedTuple):
-    """What was fitted, to go on working with.
-
-    :param objective: that was maximized.
-    :param Problem problem: the model at its data.
-    :param int seed: of the fit.
-    """
-
-    objective: Objective
-    problem: Problem
-    seed: int
 
 
 @dataclass(frozen=True)
@@ -88,7 +75,9 @@ class FitResult:
     :param LaplaceGaussian gaussian: the posterior that was found, without a graph: of ``MarginalLaplace`` the one with
         the marginal curvature as its head, of an ELBO the guide. ``None`` if a fit ended where there is none.
     :param saved: what a later fit needs to go on, see :meth:`save`.
-    :param Rung rung: what was fitted.
+    :param maximized: the objective that was, with its settings.
+    :param Problem problem: the model at its data.
+    :param int seed: of the fit.
     """
 
     status: FitStatus
@@ -103,7 +92,9 @@ class FitResult:
     notes: list[str]
     gaussian: LaplaceGaussian | None
     saved: Any = field(repr=False)
-    rung: Rung = field(repr=False)
+    maximized: Objective = field(repr=False)
+    problem: Problem = field(repr=False)
+    seed: int = field(repr=False)
 
     @cached_property
     def posterior(self) -> Posterior:
@@ -114,7 +105,7 @@ class FitResult:
 
         :raises ValueError: if the fit ended where there is no posterior.
         """
-        return self.rung.objective.posterior(self.rung.problem, self._posterior(), self.rung.seed)
+        return self.maximized.posterior(self.problem, self._posterior(), self.seed)
 
     @property
     def head_report(self) -> RepairReport | None:
@@ -188,7 +179,7 @@ class FitResult:
             >>> result.predictive(NewUnits())(None, 5)["z"].shape
             torch.Size([1000, 5])
         """
-        return predictive(self.posterior, self.rung.problem, units, num_samples, seed, parallel)
+        return predictive(self.posterior, self.problem, units, num_samples, seed, parallel)
 
     def posterior_for(self, *args: Any, **kwargs: Any) -> Posterior:
         """Return the posterior of new units given their data, without a refit: what amortization is for.
@@ -202,7 +193,7 @@ class FitResult:
         :raises ModelError: if the model has other latents than in the fit, or subsamples.
         :raises ModeNotFoundError: naming the units whose mode was not found.
         """
-        return posterior_for(self.posterior, self.rung.problem, args, kwargs)
+        return posterior_for(self.posterior, self.problem, args, kwargs)
 
     def to_arviz(
         self,
@@ -239,14 +230,14 @@ class FitResult:
         """
         groups = export(
             self.posterior,
-            self.rung.problem,
+            self.problem,
             self._attributes(),
             num_samples=num_samples,
             prior_samples=prior_samples,
             log_likelihood=log_likelihood,
             coords=coords or {},
             dims=dims or {},
-            seed=self.rung.seed if seed is None else seed,
+            seed=self.seed if seed is None else seed,
         )
         return (container or installed_container())(groups)
 
@@ -264,7 +255,7 @@ class FitResult:
         found = {
             "inference_library": "laplace_amort",
             "inference_library_version": importlib.metadata.version("laplace_amort"),
-            "objective": repr(self.rung.objective),
+            "objective": repr(self.maximized),
             "objective_value": float(self.objective),
             "status": self.status.name,
             "converged": int(self.status.ok),

@@ -219,13 +219,13 @@ class _Walk:
         self.function.move(point)
         zero = torch.zeros(len(point), dtype=torch.float64)
         phase = Phase(lr, point, self.function.whitening(), zero)
-        self.state.phase, self.state.warm_start = phase, self.guide.warm_start.state()
+        self.state.phase, self.state.warm_start = phase, self.run.problem.memory()
         return phase
 
     def _restore(self) -> None:
         """Go to where the last window ended."""
         torch.set_rng_state(self.state.rng)
-        self.guide.warm_start.restore(self.state.warm_start)
+        self.run.problem.recall(self.state.warm_start)
         self.u = self.phase.u.clone().requires_grad_()
         self.good = self.phase.u.clone()
         self.optimizer = self.how.optimizer([self.u], lr=self.phase.lr, **self.how.settings)
@@ -235,7 +235,7 @@ class _Walk:
     def _keep(self, iterates: list[Tensor], losses: list[float]) -> None:
         """Make what the window has come to part of the state."""
         state, phase, stacked = self.state, self.phase, torch.stack(iterates)
-        state.rng, state.warm_start = torch.get_rng_state(), self.guide.warm_start.state()
+        state.rng, state.warm_start = torch.get_rng_state(), self.run.problem.memory()
         state.num_steps += len(iterates)
         finite = [loss for loss in losses if math.isfinite(loss)]
         state.loss = sum(finite) / len(finite) if finite else math.inf

@@ -15,7 +15,7 @@ from pyro.nn import PyroParam, pyro_method
 from pyro.nn.module import to_pyro_module_
 from torch import Tensor, nn
 
-from laplace_amort.autodiff import arrowhead_information, check_structure, dual_path, refuse_without_autograd
+from laplace_amort.autodiff import arrowhead_information, check_structure, dual_path, nearby, refuse_without_autograd
 from laplace_amort.errors import ModelError
 from laplace_amort.guide.gaussian import LaplaceGaussian
 from laplace_amort.guide.heads import Head, JointCurvature, MarginalCurvature
@@ -25,6 +25,9 @@ from laplace_amort.model import UnitLayout, UnitModel, UnitModels
 from laplace_amort.units import FreeMode, Mode, NewtonMode
 
 __all__ = ["AutoLaplaceFamily"]
+
+# How far from the start the structure of the model is checked.
+_BESIDE = 0.1
 
 
 class AutoLaplaceFamily(AutoGuide):
@@ -153,13 +156,13 @@ class AutoLaplaceFamily(AutoGuide):
         theta = dual_path(loc)
         units = unit_model.units
         mode, head = mode or self.mode, head or self.head
-        local_loc = mode.find(unit_model, theta.mean, self.warm_start.at(units, theta.mean))
+        local_loc = mode.find(unit_model, theta.mean, self._warm_start.at(units, theta.mean))
         weight = unit_model.layout.weight
         blocks = arrowhead_information(unit_model.log_joint, theta.curvature, local_loc)
         tail, tail_report = repair_tails(self.tail_repair, blocks.tail)
         scaled = Arrowhead(blocks.head, blocks.border, tail)
         schur = head(unit_model.log_joint, theta.curvature, local_loc, scaled, weight)
-        self.warm_start.remember(units, theta.mean, local_loc, scaled.regression)
+        self._warm_start.remember(units, theta.mean, local_loc, scaled.regression)
         schur, head_report = repair_head(self.head_repair, schur, blocks.head)
         return LaplaceGaussian(
             unit_model=unit_model,
@@ -236,18 +239,20 @@ class AutoLaplaceFamily(AutoGuide):
         global_, local = unit_model.start(self.init_loc_fn)
         unit_model.check_deterministic(global_, local)
         # Beside the start: at a point of symmetry the second derivative of a coupling may vanish.
-        check_structure(unit_model.log_joint, _beside(global_), _beside(local), names=layout.local_names())
+        check_structure(
+            unit_model.log_joint, nearby(global_, _BESIDE, 1), nearby(local, _BESIDE, 2), names=layout.local_names()
+        )
         if not hasattr(self, "loc"):
             size = layout.frame.full_size
             start = local if len(local) == size else local.mean(0).expand(size, -1).clone()
             self.loc = PyroParam(global_)  # unlike a plain Parameter, read from Pyro's store at every use
-            self.warm_start = WarmStart(start, layout.global_dim)
+            self._warm_start = WarmStart(start, layout.global_dim)
             self.mode = _follow_store(self._mode[0].prepare(start))
             self.head_repair = _follow_store(self._repair[0].prepare(layout.global_dim, global_))
             self.tail_repair = _follow_store(self._repair[0].prepare(layout.local_dim, local))
 
     def _check_sizes(self, layout: UnitLayout) -> None:
-        num_units, local_dim = self.warm_start.intercept.shape
+        num_units, local_dim = self._warm_start.intercept.shape
         if (layout.global_dim, layout.local_dim) != (len(self.loc), local_dim):
             raise ModelError(
                 f"the guide was set up for {len(self.loc)} global elements and {local_dim} in each unit; "
@@ -265,7 +270,7 @@ class AutoLaplaceFamily(AutoGuide):
                     "centers of FreeMode belong to the units of the set-up. Amortized ones follow:\n"
                     "    AutoLaplaceFamily(model, NewtonMode())"
                 )
-            self.warm_start = self.warm_start.resized(layout.frame.full_size)
+            self._warm_start = self._warm_start.resized(layout.frame.full_size)
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what the next call makes again, and a model that cannot be imported by name."""
@@ -284,10 +289,6 @@ class AutoLaplaceFamily(AutoGuide):
         other.__setstate__(copy.deepcopy(state, memo))
         other.attach(_copied_with(self.model, memo))
         return other
-
-
-def _beside(value: Tensor) -> Tensor:
-    return value + 0.1 * torch.randn(value.shape, generator=torch.Generator().manual_seed(0)).to(value)
 
 
 def _follow_store(strategy: Any) -> Any:

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import copy
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy
 import torch
 from torch import Tensor
 
+from laplace_amort.autodiff import (
+    Gradients,
+    SeparableDensity,
+    arrowhead_information,
+    local_information,
+    values_and_gradients,
+)
 from laplace_amort.errors import ModelError, RecordingError, ResumeError
 from laplace_amort.guide.auto import AutoLaplaceFamily
-from laplace_amort.model import SubsampledPlate, UnitModel, unit_terms
+from laplace_amort.guide.gaussian import LaplaceGaussian
+from laplace_amort.guide.heads import Head
+from laplace_amort.linalg import Arrowhead, repair_tails
+from laplace_amort.model import SubsampledPlate, UnitModel, separated, unit_owners, unit_terms
 from laplace_amort.types import Vector
 from laplace_amort.units import FreeMode, Mode, NewtonMode, UnitIntegrals
 
 __all__ = ["Problem", "set_vector", "to_vector"]
+
+# Conditional standard deviations beside the mode where curvatures are compared, and by what share they may differ.
+_BESIDE, _NOTICEABLE = 1e-3, 0.05
 
 
 class Problem:
@@ -34,7 +48,8 @@ class Problem:
         self.guide = guide
         self.unit_model = guide.unit_model(*args, **kwargs)
         self.unit_model.density.check_data()  # set-up has done so for the data of the first call alone
-        self.first = guide.warm_start.state()
+        self._first = self.memory()
+        self._model_parameters = self.unit_model.density.parameters()
         self.not_recorded = ""
         self._integrals: tuple[UnitModel, UnitIntegrals] | None = None
         try:
@@ -51,7 +66,77 @@ class Problem:
     @property
     def start(self) -> Tensor:
         """A first guess of the modes of the units there, ``(N, k)``."""
-        return self.guide.warm_start.at(self.unit_model.units, self.loc)
+        return self.start_at(self.loc)
+
+    def start_at(self, globals_: Tensor) -> Tensor:
+        """Guess the modes of the units at globals ``(d,)`` or ``(S, d)``, as ``(N, k)`` or ``(S, N, k)``."""
+        return self.guide._warm_start.at(self.unit_model.units, globals_)
+
+    def remember(self, local: Tensor, regression: Tensor | None = None) -> None:
+        """Keep the modes of the units where the globals stand: the next guess starts from them.
+
+        :param Tensor local: ``(N, k)``.
+        :param Tensor regression: minus their derivative in the globals, ``(N, k, d)``; by default as it was.
+        """
+        warm_start, units = self.guide._warm_start, self.unit_model.units
+        warm_start.remember(units, self.loc, local, warm_start.slope[units] if regression is None else regression)
+
+    def memory(self) -> tuple[Tensor, Tensor]:
+        """Return what is remembered of modes, to bring it back by :meth:`recall`."""
+        return self.guide._warm_start.state()
+
+    def recall(self, memory: tuple[Tensor, Tensor] | None = None) -> None:
+        """Bring back what :meth:`memory` returned; by default what was known at the first start."""
+        self.guide._warm_start.restore(self._first if memory is None else memory)
+
+    def gaussian(self, *, mode: Mode | None = None, head: Head | None = None) -> LaplaceGaussian:
+        """Return the Gaussian that the guide is where it stands, differentiable in its parameters.
+
+        :param mode: another one than the guide's.
+        :param head: another one than the guide's.
+        """
+        return self.guide.gaussian_of(self.unit_model, mode=mode, head=head)
+
+    def gaussian_given(self, model: UnitModel, local: Tensor, fitted: LaplaceGaussian) -> LaplaceGaussian:
+        """Return the Gaussian of other units given the globals, with the globals as they were fitted, without a graph.
+
+        :param UnitModel model: has the other units.
+        :param Tensor local: their modes at the globals of the fit, ``(M, k)``.
+        :param LaplaceGaussian fitted: of the units that were fitted.
+        """
+        with torch.no_grad():
+            found = arrowhead_information(model.log_joint, fitted.global_loc, local)
+            tail, report = repair_tails(self.guide.tail_repair, found.tail)
+            precision = Arrowhead(found.head, found.border, tail).with_schur(fitted.precision.schur_complement)
+        return LaplaceGaussian(model, fitted.global_loc, local, precision, fitted.head_report, report)
+
+    @property
+    def model_parameters(self) -> list[Tensor]:
+        """Parameters of the model itself (``pyro.param``, weights of modules), listed once."""
+        return list(self._model_parameters.values())
+
+    def gradients(self, globals_: Tensor, locals_: Tensor) -> Gradients:
+        """Return the log joint at many points, and its gradients there and in the parameters of the model.
+
+        :param Tensor globals_: ``(S, d)``.
+        :param Tensor locals_: ``(S, N, k)``.
+        """
+        return values_and_gradients(self.unit_model, globals_, locals_, self.model_parameters)
+
+    def values(self, globals_: Tensor, locals_: Tensor) -> Tensor:
+        """Return the log joint at globals ``(S, d)`` and units ``(S, N, k)``, as ``(S,)``, without a graph."""
+        return values_and_gradients(self.unit_model, globals_, locals_, None).values
+
+    def integrals_of(self, model: UnitModel, global_: Tensor, local: Tensor) -> UnitIntegrals:
+        """Return the integrals over the units of a model, the modes found as those of the guide are.
+
+        :param UnitModel model: with these units or others.
+        :param Tensor global_: where the model is taken apart by unit, ``(d,)``.
+        :param Tensor local: ``(N, k)``.
+        :raises StructureError: if an observation depends on two units.
+        """
+        mode = self.mode if isinstance(self.mode, NewtonMode) else NewtonMode()
+        return UnitIntegrals(unit_terms(model, global_, local), mode)
 
     @property
     def integrals(self) -> UnitIntegrals:
@@ -60,9 +145,7 @@ class Problem:
         :raises StructureError: if an observation depends on two units.
         """
         if self._integrals is None or self._integrals[0] is not self.unit_model:
-            density = unit_terms(self.unit_model, self.loc, self.start)
-            mode = self.mode if isinstance(self.mode, NewtonMode) else NewtonMode()
-            self._integrals = self.unit_model, UnitIntegrals(density, mode)
+            self._integrals = self.unit_model, self.integrals_of(self.unit_model, self.loc, self.start)
         return self._integrals[1]
 
     @property
@@ -88,28 +171,28 @@ class Problem:
     def parameters(self) -> list[Tensor]:
         """All parameters there are, of guide and model, the globals first."""
         first = self.globals_()
-        leaves = [*self.guide.parameters(), *self.unit_model.density.parameters().values()]
+        leaves = [*self.guide.parameters(), *self.model_parameters]
         rest: dict[int, Tensor] = {id(leaf): leaf for leaf in leaves}
         return first + [leaf for leaf in rest.values() if all(leaf is not one for one in first)]
 
     def state(self) -> tuple[Vector, tuple[Tensor, Tensor]]:
         """Return where all parameters stand, and what the guide remembers of modes."""
-        return to_vector(self.parameters()), self.guide.warm_start.state()
+        return to_vector(self.parameters()), self.memory()
 
     def restore(self, state: tuple[Vector, tuple[Tensor, Tensor]]) -> None:
         """Bring back what :meth:`state` returned, as the first start.
 
         :raises ResumeError: if it is of other parameters.
         """
-        vector, self.first = state
-        sizes = len(vector), self.first[0].shape
-        if sizes != (sum(p.numel() for p in self.parameters()), self.guide.warm_start.intercept.shape):
+        vector, self._first = state
+        sizes = len(vector), self._first[0].shape
+        if sizes != (sum(p.numel() for p in self.parameters()), self.memory()[0].shape):
             raise ResumeError(
                 f"the saved fit has {sizes[0]} parameters and units {tuple(sizes[1])}, and this guide has others. Was "
                 "it made for other data or by other settings? Start anew:\n    fit(model, guide, *args)"
             )
         set_vector(self.parameters(), vector)
-        self.guide.warm_start.restore(self.first)
+        self.recall()
 
     def log_joint_at_start(self) -> float:
         """Return the value of the log joint where the fit starts."""
@@ -119,7 +202,7 @@ class Problem:
     def place(self, start: Tensor) -> None:
         """Put the globals at a start ``(d,)``, and forget the modes found elsewhere."""
         set_vector(self.globals_(), start.double().cpu().numpy())
-        self.guide.warm_start.restore(self.first)
+        self.recall()
 
     def move(self, point: Vector) -> None:
         """Put the globals at a point ``(d,)``, or all parameters at a point ``(P,)``."""
@@ -136,17 +219,47 @@ class Problem:
                 modes = keep("centers", lambda: self.mode.find(self.unit_model, self.loc, self.start))
                 set_vector([mode.get_parameter("loc_unconstrained")], to_vector([modes]))
 
-    def starts(self, globals_: Tensor) -> Tensor:
-        """Guesses of the modes of the units at many globals ``(S, d)``, as ``(S, N, k)``."""
-        warm_start, units = self.guide.warm_start, self.unit_model.units
-        return warm_start.intercept[units] - (warm_start.slope[units] @ globals_.mT).movedim(-1, 0)
+    @torch.no_grad()
+    def kinks(self, gaussian: LaplaceGaussian) -> list[str]:
+        """Say so if the curvature of a unit at its mode is not that beside it: autograd sees none at the tip of a kink.
+
+        :param LaplaceGaussian gaussian: of these units.
+        """
+        model, tail = self.unit_model, gaussian.precision.tail
+        beside = gaussian.local_loc + _BESIDE * gaussian.precision.local_scale_tril.sum(-1)
+        _, there = local_information(model.log_joint, gaussian.global_loc, beside)
+        change = ((there / self.weight - tail).flatten(1).norm(dim=1) / tail.flatten(1).norm(dim=1)).nan_to_num(nan=0.0)
+        if not len(change) or change.max() < _NOTICEABLE:
+            return []
+        unit = int(change.argmax())
+        return [
+            f"the curvature of {model.describe(unit)} changes by {100 * float(change[unit]):.0f} % within {_BESIDE:g} "
+            f"standard deviations of its mode ({int((change > _NOTICEABLE).sum())} of {len(change)} units): do not "
+            "rely on it. Is there a kink, such as abs, max or clamp, in the density?"
+        ]
+
+    def simulations(self, gaussian: LaplaceGaussian) -> Iterator[UnitIntegrals]:
+        """Yield the log probability of data by unit, for data drawn from the model at the center of a posterior.
+
+        It draws by torch's generator, and goes on for as long as it is asked. The prior of the globals is left out.
+
+        :param LaplaceGaussian gaussian: the posterior.
+        :raises ModelError: if the model has a ``pyro.factor``, which no data can be drawn from.
+        """
+        live = self.unit_model.live()
+        owners = unit_owners(live, gaussian.global_loc, gaussian.local_loc)
+        values = live.constrain_global(gaussian.global_loc)
+        while True:
+            model = copy.copy(live)
+            model.density = live.density.simulated(values)
+            yield UnitIntegrals(SeparableDensity(_nothing, separated(model, owners).units), self.integrals.mode)
 
     def refuse_model_parameters(self) -> None:
         """Refuse a model with parameters of its own, for what moves the globals alone.
 
         :raises ModelError: naming one.
         """
-        for name in self.unit_model.density.parameters():
+        for name in self._model_parameters:
             raise ModelError(
                 f"this objective moves the latents of the model, and '{name}' is a parameter. Give it a prior, a flat "
                 "one if need be, or take the ELBO, which moves parameters too:\n"
@@ -167,6 +280,10 @@ class Problem:
                 self.unit_model, self.not_recorded = live, str(error)
                 return True
         return False
+
+
+def _nothing(global_: Tensor, local: Tensor) -> Tensor:
+    return (global_ * 0).sum()
 
 
 def to_vector(parameters: Iterable[Tensor]) -> Vector:

@@ -40,8 +40,8 @@ class WarmStart(nn.Module):
 
     @torch.no_grad()
     def at(self, units: Tensor, global_: Tensor) -> Tensor:
-        """Return a start ``(B, k)`` for units ``(B,)`` at globals ``(d,)``, without a graph."""
-        return self.intercept[units] - self.slope[units] @ global_
+        """Return a start ``(*S, B, k)`` for units ``(B,)`` at globals ``(*S, d)``, without a graph."""
+        return self.intercept[units] - torch.tensordot(global_, self.slope[units], dims=([-1], [-1]))
 
     @torch.no_grad()
     def remember(self, units: Tensor, global_: Tensor, local: Tensor, regression: Tensor) -> None:

@@ -3,7 +3,6 @@
 from laplace_amort.linalg import blocks
 from laplace_amort.linalg.arrowhead import Arrowhead
 from laplace_amort.linalg.arrowhead_repair import RepairFunction, repair_head, repair_tails
-from laplace_amort.linalg.blocks import matvec
 from laplace_amort.linalg.boost import Boost
 from laplace_amort.linalg.modified_cholesky import ModifiedCholesky
 from laplace_amort.linalg.repair import NoRepair, Repair, RepairReport
@@ -21,7 +20,6 @@ __all__ = [
     "SoftAbs",
     "Whitening",
     "blocks",
-    "matvec",
     "repair_head",
     "repair_tails",
 ]

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from laplace_amort.autodiff import SeparableDensity, record
+from laplace_amort.autodiff import SeparableDensity, nearby, record
 from laplace_amort.errors import RecordingError, StructureError
 from laplace_amort.model.unit_model import UnitModel
 from laplace_amort.types import Density
@@ -116,9 +116,10 @@ def unit_owners(model: UnitModel, global_: Tensor, local: Tensor) -> list[Tensor
     """
     global_, local = global_.detach(), local.detach()
     num_units = len(local)
-    points = [(_near(global_, share), _near(local, share)) for share in _PROBES]
+    # Other numbers for each share: one that is nearly zero must not leave a unit where it is at every point.
+    points = [(nearby(global_, share, 2 * i), nearby(local, share, 2 * i + 1)) for i, share in enumerate(_PROBES)]
     # The start may be far away.
-    points.append((_near(global_, _PROBES[0]), _near(torch.zeros_like(local), _FROM_ZERO)))
+    points.append((nearby(global_, _PROBES[0]), nearby(torch.zeros_like(local), _FROM_ZERO)))
     probes = [_Probe(model, *point, seed) for seed, point in enumerate(points)]
     found, largest = probes[0].owner(), probes[0].size
     for probe in probes[1:]:
@@ -240,9 +241,3 @@ class _Probe:
             f"    with pyro.plate('{self.model.layout.frame.name}', {self.num_units}):\n"
             f"        pyro.factor('{terms.name}', terms_of_units)   # one for each"
         )
-
-
-def _near(value: Tensor, share: float) -> Tensor:
-    # Other numbers for each share: one that is nearly zero must not leave a unit where it is at every point.
-    generator = torch.Generator().manual_seed(1000 * value.dim() + round(100 * share))
-    return value + share * torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value)

@@ -15,14 +15,11 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from laplace_amort.autodiff import arrowhead_information
 from laplace_amort.errors import ModelError, RecordingError
 from laplace_amort.guide import LaplaceGaussian, Problem
-from laplace_amort.linalg import Arrowhead, repair_tails
-from laplace_amort.model import UnitModel, UnitModels, observed_sites, plates_of, unit_terms, with_data_drawn
+from laplace_amort.model import UnitModel, UnitModels, observed_sites, plates_of, with_data_drawn
 from laplace_amort.posterior.posterior import Posterior
 from laplace_amort.posterior.unit_draws import LinearUnits, NestedUnits, UnitPosterior
-from laplace_amort.units import NewtonMode, UnitIntegrals
 
 __all__ = [
     "ConditionedPosterior",
@@ -274,7 +271,7 @@ def posterior_for(posterior: Posterior, problem: Problem, args: tuple[Any, ...],
     start = fitted.local_loc.mean(0).expand(model.layout.num_units, -1).contiguous()
     with torch.no_grad():
         local = problem.mode.find(model, fitted.global_loc, start)
-    gaussian = _gaussian_at(model, local, fitted, problem)
+    gaussian = problem.gaussian_given(model, local, fitted)
     units = _units_at(posterior, model, gaussian, problem)
     return ConditionedPosterior(gaussian, posterior.globals_, units, posterior.seed, posterior.averaged, posterior)
 
@@ -285,18 +282,8 @@ def _units_at(posterior: Posterior, model: UnitModel, gaussian: LaplaceGaussian,
         return LinearUnits(gaussian)
     with contextlib.suppress(RecordingError):
         model = model.recorded(gaussian.global_loc, gaussian.local_loc)
-    mode = problem.mode if isinstance(problem.mode, NewtonMode) else NewtonMode()
-    integrals = UnitIntegrals(unit_terms(model, gaussian.global_loc, gaussian.local_loc), mode)
+    integrals = problem.integrals_of(model, gaussian.global_loc, gaussian.local_loc)
     return dataclasses.replace(posterior.units, gaussian=gaussian, integrals=integrals)
-
-
-def _gaussian_at(model: UnitModel, local: Tensor, fitted: LaplaceGaussian, problem: Problem) -> LaplaceGaussian:
-    """The Gaussian of the new units given the globals, with the globals as they were fitted."""
-    with torch.no_grad():
-        found = arrowhead_information(model.log_joint, fitted.global_loc, local)
-        tail, report = repair_tails(problem.guide.tail_repair, found.tail)
-        precision = Arrowhead(found.head, found.border, tail).with_schur(fitted.precision.schur_complement)
-    return LaplaceGaussian(model, fitted.global_loc, local, precision, fitted.head_report, report)
 
 
 def _check_layout(fitted: UnitModel, model: UnitModel) -> None:

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from laplace_amort.guide import LaplaceGaussian
-from laplace_amort.linalg import blocks
 from laplace_amort.posterior.importance import matched_normal
 from laplace_amort.types import Vector
 from laplace_amort.units import GRID_DIM, Conditionals, GaussHermite, QuadratureRule, UnitIntegrals
@@ -202,4 +201,4 @@ def _normal_points(there: Conditionals) -> WeightedPoints:
 
 def _normal_draw(there: Conditionals, generator: torch.Generator) -> Tensor:
     noise = torch.randn(there.mode.shape, generator=generator, dtype=torch.float64).to(there.mode)
-    return there.mode + blocks.matvec(there.scale_tril, noise)
+    return there.at(noise.unsqueeze(1)).squeeze(1)

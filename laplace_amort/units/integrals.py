@@ -262,14 +262,14 @@ def unit_moments(integrals: UnitIntegrals, there: Conditionals, global_: Tensor,
     """
     points = rule.points(there.mode.shape[-1], global_)
     z = points.points.unsqueeze(1)  # (Q, 1, k)
-    weights = points.log_weights(_values(integrals, there, global_, points)).exp().unsqueeze(-1)  # (Q, N, 1)
+    weights = points.log_weights(values_at(integrals, there, global_, points)).exp().unsqueeze(-1)  # (Q, N, 1)
     mean = (weights * z).sum(0)
     sd = (weights * (z - mean) ** 2).sum(0).clamp(min=torch.finfo(z.dtype).tiny).sqrt()
     skewness = (weights * ((z - mean) / sd) ** 3).sum(0)
     return UnitMoments(mean, sd, skewness)
 
 
-def _values(integrals: UnitIntegrals, there: Conditionals, global_: Tensor, points: QuadraturePoints) -> Tensor:
+def values_at(integrals: UnitIntegrals, there: Conditionals, global_: Tensor, points: QuadraturePoints) -> Tensor:
     """Log densities of all units at standardized points, ``(Q, N)``."""
     chunk = integrals.density.chunk()
     parts = [integrals.density.units_at(global_[None], there.at(some))[0] for some in points.points.split(chunk)]

@@ -29,7 +29,7 @@ def scaled(z, weight):
 
 
 def checked(result, rule=Laplace(), simulations=30, **options):  # noqa: B008 (never changes)
-    return check_consistency(result.rung.problem, result.gaussian, rule, simulations, progress=False, **options)
+    return check_consistency(result.problem, result.gaussian, rule, simulations, progress=False, **options)
 
 
 def fitted(model, *args):

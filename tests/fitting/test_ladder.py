@@ -51,7 +51,7 @@ def on_answers(starts=1):
 
 def points_of(result):
     """Along a line, of the rung that a fit ended on."""
-    objective = result.rung.objective
+    objective = result.maximized
     return 1 if isinstance(objective, MarginalLaplace) else objective.rule.num_points
 
 
@@ -61,7 +61,7 @@ def points_of(result):
 def test_one_point_is_enough_for_normal_units():
     result = climbed(gaussian, Z)
     expected = climbed(gaussian, Z, objective=MarginalLaplace())
-    assert result.rung.objective == MarginalLaplace()
+    assert result.maximized == MarginalLaplace()
     assert result.status is FitStatus.CONVERGED
     assert torch.equal(result.guide.loc, expected.guide.loc)
     assert result.objective == expected.objective
@@ -73,11 +73,11 @@ def test_one_point_is_enough_for_normal_units():
 @pytest.mark.parametrize(("model", "z"), [(one_answer, ANSWERS), (poisson, COUNTS)], ids=["answers", "counts"])
 def test_climbs_where_units_are_many_and_not_normal(model, z):
     result = climbed(model, z)
-    assert isinstance(result.rung.objective, MarginalQuadrature)
+    assert isinstance(result.maximized, MarginalQuadrature)
     assert result.status.ok
     first, *_, last = result.notes
     assert first.startswith("from Laplace() to GaussHermite(num_points=5), which moves means by")
-    assert last.startswith(f"{result.rung.objective.rule} is enough: ")
+    assert last.startswith(f"{result.maximized.rule} is enough: ")
     assert len(result.notes) == 1 + len({note for note in result.notes if note.startswith("from ")})
 
 
@@ -87,7 +87,7 @@ def test_posterior_is_that_of_the_rung_it_ended_on(model):
     z = ANSWERS if model is one_answer else COUNTS
     result = on_answers() if model is one_answer else climbed(model, z)
     assert isinstance(result.posterior.units, WeightedUnits)
-    rung = climbed(model, z, objective=result.rung.objective)
+    rung = climbed(model, z, objective=result.maximized)
     assert result.objective == pytest.approx(rung.objective, abs=1e-5)
     for name, sd in rung.posterior.std().items():
         assert ((result.posterior.mean()[name] - rung.posterior.mean()[name]).abs() < 0.01 * sd).all()
@@ -138,7 +138,7 @@ def test_units_of_five_dimensions():
     """Normal ones, so that one knows the answer."""
     case = UNIT_MODELS["dim_minus_three"]()
     few = climbed(case.model, *case.args)
-    assert few.rung.objective == MarginalLaplace()
+    assert few.maximized == MarginalLaplace()
     assert "is enough: StudentPoints(num_points=256" in few.notes[-1]
     many = climbed(case.model, *case.args, objective=MarginalQuadrature(StudentPoints(256)))
     for name, sd in few.posterior.std().items():
@@ -152,7 +152,7 @@ def test_several_starts(model):
     one, several = climbed(model, z), climbed(model, z, starts=2)
     assert len(several.optima) == 1
     assert several.optima[0].num_starts == 2
-    assert several.rung.objective == one.rung.objective
+    assert several.maximized == one.maximized
     assert several.notes[: len(one.notes)] == one.notes
     torch.testing.assert_close(several.guide.loc, one.guide.loc, rtol=0, atol=0.01)
 
@@ -225,7 +225,7 @@ def assert_same(actual, expected):
     assert actual.objective == expected.objective
     assert actual.status is expected.status
     assert actual.notes == expected.notes
-    assert actual.rung.objective == expected.rung.objective
+    assert actual.maximized == expected.maximized
 
 
 PLACES = [(LaplaceFunction, "__call__", 1), (QuadratureFunction, "__call__", 0), (QuadratureFunction, "__call__", 8)]

@@ -45,7 +45,7 @@ Z = torch.tensor([1.0, 3.0, -0.5, 2.0, 0.2, 0.9], dtype=torch.float64)
 
 def evaluated(likelihood, result, globals_, locals_):
     names = list(observed(result))
-    return likelihood.evaluate(result.posterior, result.rung.problem, names, globals_, locals_)
+    return likelihood.evaluate(result.posterior, result.problem, names, globals_, locals_)
 
 
 def observed(result):
@@ -129,7 +129,7 @@ def test_models(name):
     result = fitted(name)
     globals_, locals_ = result.posterior.sample_unconstrained(3)
     found = evaluated(MarginalLikelihood(Laplace()), result, globals_, locals_)["marginal"].values
-    target = result.rung.problem
+    target = result.problem
     start = locals_[:1].expand_as(locals_)
     points = Laplace().points(locals_.shape[-1], globals_)
     whole = target.integrals.values(points, points.__class__.log_integral, globals_, start).values
@@ -233,7 +233,7 @@ def test_units_that_have_no_likelihoods_of_their_own(monkeypatch):
     def refuse(self):
         raise StructureError("element 3 of site 'z' depends on 2 units")
 
-    monkeypatch.setattr(type(result.rung.problem), "integrals", property(refuse))
+    monkeypatch.setattr(type(result.problem), "integrals", property(refuse))
     with pytest.raises(StructureError, match=r"depends on 2 units\n.*\n    to_arviz\(log_likelihood=Conditional"):
         result.to_arviz()
     assert result.to_arviz(log_likelihood=ConditionalLikelihood())["log_likelihood"]["z"].shape == (1, 1000, 6)

@@ -179,7 +179,7 @@ def test_no_globals():
     """The evidence is the product of one integral for each unit."""
     z = torch.tensor([0.0, 3.0, 1.0])
     result = fit(counts_alone, guide_for(counts_alone), z, objective=MarginalLaplace())
-    posterior = MarginalQuadrature(GaussHermite(25)).posterior(result.rung.problem, result.gaussian, seed=0)
+    posterior = MarginalQuadrature(GaussHermite(25)).posterior(result.problem, result.gaussian, seed=0)
     integrals = []
     for count in z.tolist():
 

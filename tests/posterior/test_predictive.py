@@ -215,12 +215,12 @@ def test_every_model(name):
     """Its units are predicted; as new ones with the same data they are what they were, and the guide is left alone."""
     result, case = fitted(name), UNIT_MODELS[name]()
     drawn = result.predictive(num_samples=3)()
-    assert not set(result.rung.problem.unit_model.density.sites) & set(drawn)
+    assert not set(result.problem.unit_model.density.sites) & set(drawn)
     assert all(len(value) == 3 and value.isfinite().all() for value in drawn.values())
     assert drawn or name == "with_factors"
-    before = [part.clone() for part in result.guide.warm_start.state()]
+    before = [part.clone() for part in result.guide._warm_start.state()]
     again, known = (one.thinned(32) for one in (result.posterior_for(*case.args, **case.kwargs), result.posterior))
-    assert all(torch.equal(one, other) for one, other in zip(before, result.guide.warm_start.state(), strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(before, result.guide._warm_start.state(), strict=True))
     for site, sd in known.std().items():
         assert ((again.mean()[site] - known.mean()[site]).abs() <= 1e-3 * sd + 1e-9).all(), site
         assert ((again.std()[site] - sd).abs() <= 1e-3 * sd + 1e-9).all(), site

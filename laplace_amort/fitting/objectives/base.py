@@ -61,16 +61,16 @@ class ObjectiveFunction(ABC):
 
     def _evaluate_with_second_thoughts(self) -> Evaluation:
         """Where modes are not found from where they were last, look once more from the first start."""
-        warm_start = self.problem.guide.warm_start
+        problem = self.problem
         try:
             return self._evaluate()
         except ModeNotFoundError:
-            state = warm_start.state()
+            memory = problem.memory()
             try:
-                warm_start.restore(self.problem.first)
+                problem.recall()
                 return self._evaluate()
             except NUMERICAL_ERRORS:
-                warm_start.restore(state)
+                problem.recall(memory)
                 raise
 
     @abstractmethod

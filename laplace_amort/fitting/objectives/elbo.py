@@ -14,7 +14,6 @@ import numpy
 import torch
 from torch import Tensor
 
-from laplace_amort.autodiff import values_and_gradients
 from laplace_amort.errors import NUMERICAL_ERRORS
 from laplace_amort.fitting.evaluation import Evaluation, FitStatus, Maximum
 from laplace_amort.fitting.history import CHECK, History
@@ -90,7 +89,7 @@ class FixedDrawELBO:
 
     def gaussian(self, problem: Problem, maximum: Maximum) -> LaplaceGaussian:
         """Return the guide."""
-        return problem.guide.gaussian_of(problem.unit_model)
+        return problem.gaussian()
 
     def posterior(self, problem: Problem, gaussian: LaplaceGaussian, seed: int) -> Posterior:
         """Return the guide itself."""
@@ -218,7 +217,7 @@ class ELBOFunction(ObjectiveFunction):
     def __init__(self, problem: Problem, num_draws: int, seed: int) -> None:
         # All parameters are in Pyro's store from here on, also if there is no Gaussian where the guide stands now.
         with contextlib.suppress(*NUMERICAL_ERRORS):
-            problem.guide.gaussian_of(problem.unit_model)
+            problem.gaussian()
         super().__init__(problem, problem.parameters())
         self.num_draws, self.seed = num_draws, seed
 
@@ -235,31 +234,30 @@ class ELBOFunction(ObjectiveFunction):
     def _evaluate(self) -> Evaluation:
         problem = self.problem
         with torch.enable_grad():
-            gaussian = problem.guide.gaussian_of(problem.unit_model)
+            gaussian = problem.gaussian()
             global_, local = self._at(gaussian)
             half_log_det = gaussian.precision.log_det() / 2
-        model_parameters = list(problem.unit_model.density.parameters().values())
-        pulls = values_and_gradients(problem.unit_model, global_.detach(), local.detach(), model_parameters)
-        terms = pulls.values + self._entropy(gaussian)
+        at_draws = problem.gradients(global_.detach(), local.detach())
+        terms = at_draws.values + self._entropy(gaussian)
         with torch.enable_grad():
             # What has the gradient of the mean over draws, without the graph of the model's run at any of them.
             surrogate = (
-                (pulls.in_global * global_).sum() + (pulls.in_local * local).sum()
+                (at_draws.in_global * global_).sum() + (at_draws.in_local * local).sum()
             ) / self.num_draws - half_log_det
         found = torch.autograd.grad(surrogate, self.parameters, allow_unused=True)
         gradient = [torch.zeros_like(p) if g is None else g for p, g in zip(self.parameters, found, strict=True)]
-        for parameter, pull in zip(model_parameters, pulls.in_parameters, strict=True):
+        for parameter, part in zip(problem.model_parameters, at_draws.in_parameters, strict=True):
             index = next(i for i, p in enumerate(self.parameters) if p is parameter)
-            gradient[index] = gradient[index] + pull / self.num_draws
+            gradient[index] = gradient[index] + part / self.num_draws
         value, error = mean_of_pairs(terms)
         return Evaluation(value, to_vector(gradient), standard_error=error, head_report=gaussian.head_report)
 
     @torch.no_grad()
     def values(self) -> Tensor:
         """Return the terms whose mean is the value, ``(S,)``, pairs of draws half the number apart."""
-        gaussian = self.problem.guide.gaussian_of(self.problem.unit_model)
+        gaussian = self.problem.gaussian()
         global_, local = self._at(gaussian)
-        return values_and_gradients(self.problem.unit_model, global_, local, None).values + self._entropy(gaussian)
+        return self.problem.values(global_, local) + self._entropy(gaussian)
 
     def _at(self, gaussian: LaplaceGaussian) -> tuple[Tensor, Tensor]:
         """Globals ``(S, d)`` and units ``(S, N, k)`` of all draws."""
@@ -282,7 +280,7 @@ def elbo_whitening(problem: Problem, size: int, with_units: bool) -> Whitening:
     """
     try:
         with torch.no_grad():
-            gaussian = problem.guide.gaussian_of(problem.unit_model, mode=problem.mode, head=MarginalCurvature())
+            gaussian = problem.gaussian(mode=problem.mode, head=MarginalCurvature())
     except NUMERICAL_ERRORS:  # a start far away, from which the optimizer has to come back
         return dataclasses.replace(Whitening.of_information(numpy.eye(len(problem.loc))), size=size)
     return Whitening(gaussian.precision, with_units, size)

@@ -50,7 +50,7 @@ class MarginalLaplace:
         """Return the posterior as a Gaussian, with the curvature of this objective for the globals."""
         information = maximum.evaluation.information
         head: Head = MarginalCurvature() if information is None else KnownCurvature(information)
-        return problem.guide.gaussian_of(problem.unit_model, mode=problem.mode, head=head)
+        return problem.gaussian(mode=problem.mode, head=head)
 
     def posterior(self, problem: Problem, gaussian: LaplaceGaussian, seed: int) -> Posterior:
         """Return the globals by importance sampling of this density, and the units as normal given each of them."""
@@ -100,5 +100,5 @@ class LaplaceFunction(ObjectiveFunction):
         problem, model, global_ = self.problem, self.problem.unit_model, self.problem.loc
         local = self.mode.find(model, global_, problem.start)
         found = laplace_marginal(model.log_joint, global_, local, problem.weight)
-        problem.guide.warm_start.remember(model.units, global_, local, found.regression)
+        problem.remember(local, found.regression)
         return Evaluation(float(found.value), _numpy(found.gradient), _numpy(found.information))

@@ -87,7 +87,7 @@ class NestedFunction(ObjectiveFunction):
             log_det = gaussian.precision.global_scale_tril.diagonal().log().sum()
         fixed = globals_.detach()
         found = self.problem.integrals.values_and_gradients(
-            self.points, QuadraturePoints.mean_gain, fixed, self.problem.starts(fixed)
+            self.points, QuadraturePoints.mean_gain, fixed, self.problem.start_at(fixed)
         )
         _refuse_lost(self.problem, found)
         with torch.enable_grad():
@@ -103,12 +103,12 @@ class NestedFunction(ObjectiveFunction):
         gaussian = self._gaussian()
         globals_ = self._at(gaussian)
         found = self.problem.integrals.values(
-            self.points, QuadraturePoints.mean_gain, globals_, self.problem.starts(globals_)
+            self.points, QuadraturePoints.mean_gain, globals_, self.problem.start_at(globals_)
         )
         return found.values + self._entropy(gaussian.precision.global_scale_tril.diagonal().log().sum())
 
     def _gaussian(self) -> LaplaceGaussian:
-        return self.problem.guide.gaussian_of(self.problem.unit_model, mode=self.problem.mode)
+        return self.problem.gaussian(mode=self.problem.mode)
 
     def _at(self, gaussian: LaplaceGaussian) -> Tensor:
         return gaussian.global_loc + self.noise @ gaussian.precision.global_scale_tril.mT

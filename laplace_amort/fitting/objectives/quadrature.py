@@ -124,7 +124,7 @@ class QuadratureFunction(ObjectiveFunction):
             self.points, QuadraturePoints.log_integral, globals_, problem.start.unsqueeze(0)
         )
         _refuse_lost(problem, found)
-        _remember(problem, found)
+        problem.remember(found.mode[0])
         return Evaluation(float(found.values), to_vector([found.gradients[0]]))
 
     def information(self, whitening: Whitening) -> Vector:
@@ -139,17 +139,12 @@ class QuadratureFunction(ObjectiveFunction):
         moves = _STEP * torch.from_numpy(steps).to(loc)
         globals_ = torch.cat([loc + moves, loc - moves])
         found = self.problem.integrals.values_and_gradients(
-            self.points, QuadraturePoints.log_integral, globals_, self.problem.starts(globals_)
+            self.points, QuadraturePoints.log_integral, globals_, self.problem.start_at(globals_)
         )
         ahead, behind = found.gradients.double().cpu().numpy().reshape(2, d, d)
         along = numpy.linalg.solve(steps, (behind - ahead) / (2 * _STEP))
         symmetric: Vector = (along + along.T) / 2
         return symmetric
-
-
-def _remember(problem: Problem, found: Integrals) -> None:
-    warm_start, units = problem.guide.warm_start, problem.unit_model.units
-    warm_start.remember(units, problem.loc, found.mode[0], warm_start.slope[units])
 
 
 def _refuse_lost(problem: Problem, found: Integrals) -> None:
