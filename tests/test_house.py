@@ -1,183 +1,127 @@
-"""The house: imports go only downward, tensors stay below Pyro, and one room traces models."""
+"""The house: who may import whom, through which door; tensors know no Pyro, and one file traces models."""
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+from helpers.house import ROOT, Import, Package, read_sources, room_of
 
 import laplace_amort
 
-ROOT = "laplace_amort"
-
-# Rooms, that is modules and subpackages of laplace_amort, and their layers. A room imports from its own layer or below.
-LAYERS = {
-    "errors": 0,
-    "graph": 0,
-    "statuses": 0,
-    "dual_path": 1,
-    "blocks": 1,
-    "arrowhead": 1,
-    "symmetric": 1,
-    "softabs": 1,
-    "repair": 1,
-    "modified_cholesky": 1,
-    "boost": 1,
-    "block_repair": 1,
-    "warm_start": 1,
-    "draws": 1,
-    "frames": 1,
-    "findings": 1,
-    "fit_status": 1,
-    "journal": 1,
-    "derivatives": 2,
-    "information": 2,
-    "arrowhead_information": 2,
-    "marginal": 2,
-    "heads": 2,
-    "simplify": 2,
-    "recording": 2,
-    "newton": 2,
-    "modes": 2,
-    "coordinates": 2,
-    "identification": 2,
-    "evaluation": 2,
-    "optimizers": 2,
-    "pulls": 2,
-    "rules": 2,
-    "psis": 2,
-    "importance": 2,
-    "unit_checks": 2,
-    "separable": 2,
-    "conditionals": 2,
-    "sites": 3,
-    "model_errors": 3,
-    "handlers": 3,
-    "log_joint": 3,
-    "layout": 3,
-    "unit_model": 3,
-    "unit_terms": 3,
-    "observations": 3,
-    "params": 3,
-    "routes": 4,
-    "family": 4,
-    "guides": 4,
-    "unit_draws": 4,
-    "target": 5,
-    "bound": 5,
-    "run": 5,
-    "starts": 5,
-    "objectives": 5,
-    "posterior": 5,
-    "pointwise": 5,
-    "predictions": 5,
-    "arviz_export": 5,
-    "comparison": 5,
-    "ladder": 5,
-    "consistency": 5,
-    "diagnostics": 5,
-    "unit_bounds": 5,
-    "unit_objectives": 5,
-    "stochastic": 5,
-    "search": 5,
-    "summaries": 5,
-    "fit_result": 5,
-    "fitting": 5,
-    "testing": 5,
-    "plot_style": 5,
-    "plot_numbers": 5,
-    "plot_densities": 5,
-    "demo_plots": 5,
-    "fit_plots": 5,
-    "global_plots": 5,
-    "unit_plots": 5,
-    "plots": 5,
-    "datasets": 6,
-    "examples": 6,
-    "demo": 6,
-    "commands": 6,
-    "cli": 6,
+GROUND = ("errors", "types")  # imported by all, and importing nothing
+# Who may import whom. ``public`` is the package itself, and a name after a dot is all that is taken of the room.
+ROOMS = {
+    "linalg": "",
+    "autodiff": "",
+    "units": "linalg autodiff",
+    "model": "autodiff",
+    "guide": "units model linalg autodiff",
+    "posterior": "guide units model autodiff",
+    "testing": "guide model linalg autodiff",
+    "fitting": "posterior guide units linalg.Whitening",
+    "diagnostics": "fitting posterior guide units",
+    "plots": "diagnostics fitting posterior guide linalg",
+    "examples": "public plots",
+    "cli": "public plots testing examples",
 }
-TENSORS_ONLY = 2  # up to this layer, no Pyro
-TRACERS = {"log_joint", "testing"}  # a model is traced by log_joint alone; guides are traced where they are checked
+MAY_IMPORT = {**{here: [] for here in GROUND}, **{here: [*GROUND, *rooms.split()] for here, rooms in ROOMS.items()}}
+TENSORS = ("errors", "types", "linalg", "autodiff", "units")  # these know no Pyro
+ENTERED_BY_USERS = ("plots", "testing")  # doors of their own beside the package: what they hand on is public
+ADDRESSED_DIRECTLY = ("examples",)  # a shelf of modules, not a door that hands names on
+TRACER = f"{ROOT}.model.log_joint"  # the one file that traces models; guides are traced where they are checked
 TRACING = {"trace", "get_trace", "TraceMessenger", "TraceHandler", "get_importance_trace"}
 
 
-class Package:
-    """Every module of the package, parsed, and what each imports.
-
-    :param dict sources: source text by path below the package, such as ``testing/report.py``.
-    """
-
-    def __init__(self, sources: dict[str, str]) -> None:
-        self.trees = {self.module_name(path): ast.parse(source, path) for path, source in sources.items()}
-        self.packages = {self.module_name(path) for path in sources if path.endswith("__init__.py")}
-        self.imports = {name: list(self.imports_of(name)) for name in self.trees}
-
-    @staticmethod
-    def module_name(path: str) -> str:
-        parts = [ROOT, *Path(path).with_suffix("").parts]
-        return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
-
-    def imports_of(self, name: str) -> Iterator[tuple[int, str]]:
-        """Line and full name of everything imported, also inside functions and under TYPE_CHECKING."""
-        for node in ast.walk(self.trees[name]):
-            if isinstance(node, ast.Import):
-                yield from ((node.lineno, alias.name) for alias in node.names)
-            elif isinstance(node, ast.ImportFrom):
-                base = self.absolute(name, node)
-                yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
-            elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith(("import_module", "__import__")):
-                yield from ((node.lineno, arg.value) for arg in node.args[:1] if isinstance(arg, ast.Constant))
-
-    def absolute(self, name: str, node: ast.ImportFrom) -> str:
-        if not node.level:
-            return node.module or ""
-        up = node.level - (name in self.packages)
-        parents = name.split(".")
-        return ".".join([*parents[: len(parents) - up], *([node.module] if node.module else [])])
-
-    def edges(self, name: str) -> Iterator[tuple[int, str]]:
-        """Imports of modules of this package; a name that is no module counts for the module that holds it."""
-        for line, target in self.imports[name]:
-            if target.split(".")[0] == ROOT:
-                while target not in self.trees and "." in target:
-                    target = target.rpartition(".")[0]
-                yield line, target
-
-
-def room(name: str) -> str:
-    """The room of a module; empty for the package itself, which belongs to no layer and only hands names on."""
-    return name.split(".")[1] if "." in name else ""
-
-
 def violations(package: Package) -> list[str]:
-    return [
-        *(found for name in package.trees for found in _violations_of(package, name)),
-        *(f"import cycle: {' -> '.join(cycle)}" for cycle in _cycles(package)),
+    found = [
+        f"{package.paths[name]}:{line} {message}"
+        for name in package.trees
+        for line, message in _violations_of(package, name)
     ]
+    return found + [f"import cycle: {cycle}" for cycle in package.cycles()]
 
 
-def _violations_of(package: Package, name: str) -> Iterator[str]:
-    here = room(name)
-    if here and here not in LAYERS:
-        yield f"room '{here}' is in no layer: add it to LAYERS in {Path(__file__).name}"
+def _violations_of(package: Package, name: str) -> Iterator[tuple[int, str]]:
+    here = room_of(name)
+    if here and here not in MAY_IMPORT:
+        yield 1, f"is in no room: '{here}' has no line in the table of who may import whom"
         return
-    for line, target in package.edges(name):
-        there = room(target)
-        if here and there in LAYERS and LAYERS[there] > LAYERS[here]:
-            yield f"{name}:{line} (layer {LAYERS[here]}) imports {target} (layer {LAYERS[there]})"
-    for line, target in package.imports[name]:
-        if target.split(".")[0] == "pyro" and here and LAYERS[here] <= TENSORS_ONLY:
-            yield f"{name}:{line} (layer {LAYERS[here]}) imports {target}"
-    if here not in TRACERS:
-        yield from (f"{name}:{line} traces a Pyro program ({what})" for line, what in _traces(package, name))
+    for found in package.own_imports(name):
+        if found.inside and here != "cli":
+            yield found.line, f"imports {found.full_name} inside a function"
+        there = room_of(package.module_of(found)) or "public"
+        if there != here:
+            yield from ((found.line, message) for message in _wrong_ways(package, here, there, found))
+            yield from _wrong_names(package, name, found)
+    if here in TENSORS:
+        beyond = (found for found in package.imports[name] if found.origin.split(".")[0] == "pyro")
+        yield from ((found.line, f"imports {found.full_name}: '{here}' knows no Pyro") for found in beyond)
+    if name != TRACER and here != "testing":
+        yield from ((line, f"traces a Pyro program ({what})") for line, what in _traces(package, name))
+    if package.paths[name].endswith("__init__.py") and name.count(".") < 2:
+        yield from _faults_of_door(package, name)
+
+
+def _wrong_ways(package: Package, here: str, there: str, found: Import) -> Iterator[str]:
+    """What is wrong with an import from another room: the direction, the door, or the name."""
+    allowed = MAY_IMPORT.get(here, list(MAY_IMPORT))  # the package itself hands on names of all rooms
+    if there not in allowed and f"{there}.{found.name}" not in allowed:
+        yield f"imports {found.full_name}: '{here}' may import {', '.join(allowed) or 'nothing'}"
+    elif there in ADDRESSED_DIRECTLY:
+        if (found.name or "").startswith("_"):
+            yield f"imports {found.full_name}: the name is the file's own"
+    elif there == "public":
+        if found.name not in {None, "__version__", *package.handed_on(ROOT)}:
+            yield f"imports {found.full_name}, which the package does not hand on"
+    elif found.full_name == f"{ROOT}.{there}":
+        if there not in ENTERED_BY_USERS:
+            yield f"imports {found.full_name} as a whole: a room is entered by the name of what is taken"
+    elif found.origin != f"{ROOT}.{there}":
+        yield f"imports {found.full_name}: the door is {ROOT}.{there}"
+    elif found.name not in package.handed_on(found.origin):
+        yield f"imports {found.full_name}, which '{there}' does not hand on"
+
+
+def _wrong_names(package: Package, name: str, found: Import) -> Iterator[tuple[int, str]]:
+    """What a file reads of a thing from another room, and that is the other room's own."""
+    handed_on = package.handed_on(found.full_name)
+    for node in ast.walk(package.trees[name]):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) == found.alias:
+            private = re.match("_(?!_)", node.attr)
+            if private or (room_of(found.full_name) in ENTERED_BY_USERS and handed_on and node.attr not in handed_on):
+                yield node.lineno, f"reads {found.full_name}.{node.attr}, which is the room's own"
+
+
+def _faults_of_door(package: Package, name: str) -> Iterator[tuple[int, str]]:
+    """What a door has besides one sentence and names that somebody outside wants."""
+    tree, here, handed_on = package.trees[name], room_of(name), package.handed_on(name)
+    if not re.fullmatch(r"[A-Z](?:(?!\.\s|\n\n).)*\.", ast.get_docstring(tree) or "", re.DOTALL):
+        yield 1, "has no docstring of one sentence"
+    for node in tree.body[1:]:
+        names_only = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in ("__all__", "__version__")
+        if not names_only and not isinstance(node, ast.ImportFrom):
+            yield node.lineno, f"does more than hand names on: {ast.unparse(node).splitlines()[0]}"
+    lines = {str(found.name): found.line for found in package.imports[name]}
+    line_of_all = next((node.lineno for node in tree.body if "__all__" in ast.unparse(node)), 1)
+    for other in sorted(set(lines) ^ set(handed_on)):
+        yield lines.get(other, line_of_all), f"imports {other} or has it in __all__, and not both"
+    if here and here not in ENTERED_BY_USERS:
+        used = {
+            found.name
+            for user in package.trees
+            for found in package.own_imports(user)
+            if found.origin == name and room_of(user) not in ("", here)
+        }
+        for other in sorted(set(handed_on) - used - set(package.handed_on(ROOT))):
+            yield lines.get(other, line_of_all), f"hands on {other}, which no other room uses and which is not public"
 
 
 def _traces(package: Package, name: str) -> Iterator[tuple[int, str]]:
+    """Where a file traces a Pyro program: what it imports to that end, and what it calls."""
     aliases = {
         alias.asname or alias.name
         for node in ast.walk(package.trees[name])
@@ -185,9 +129,9 @@ def _traces(package: Package, name: str) -> Iterator[tuple[int, str]]:
         for alias in node.names
         if alias.name.endswith("poutine")
     }
-    for line, target in package.imports[name]:
-        if target.startswith("pyro.") and target.rpartition(".")[2] in TRACING:
-            yield line, target
+    for found in package.imports[name]:
+        if found.origin.startswith("pyro") and found.name in TRACING:
+            yield found.line, found.full_name
     for node in ast.walk(package.trees[name]):
         if isinstance(node, ast.Attribute) and node.attr in TRACING:
             owner = ast.unparse(node.value)
@@ -195,50 +139,55 @@ def _traces(package: Package, name: str) -> Iterator[tuple[int, str]]:
                 yield node.lineno, ast.unparse(node)
 
 
-def _cycles(package: Package) -> Iterator[list[str]]:
-    done: set[str] = set()
-
-    def visit(name: str, path: list[str]) -> Iterator[list[str]]:
-        if name in path:
-            yield [*path[path.index(name) :], name]
-        elif name not in done:
-            for _, target in package.edges(name):
-                if target != name and target in package.trees:
-                    yield from visit(target, [*path, name])
-            done.add(name)
-
-    for name in package.trees:
-        yield from visit(name, [])
-
-
-def installed_sources() -> dict[str, str]:
-    directory = Path(laplace_amort.__path__[0])
-    return {str(path.relative_to(directory)): path.read_text("utf-8") for path in directory.rglob("*.py")}
+def installed() -> Package:
+    return Package(read_sources(laplace_amort.__path__[0]))
 
 
 def test_the_house_is_in_order() -> None:
-    sources = installed_sources()
-    assert {"__init__.py", "errors.py", "dual_path.py", "log_joint.py"} <= set(sources)
-    assert violations(Package(sources)) == []
+    package = installed()
+    assert set(MAY_IMPORT) <= {room_of(name) for name in package.trees}
+    assert violations(package) == []
 
 
-def test_one_room_traces_models() -> None:
+def test_one_file_traces_models() -> None:
     """The finder sees the tracing that is there, so its silence elsewhere means something."""
-    package = Package(installed_sources())
-    assert list(_traces(package, f"{ROOT}.log_joint"))
+    assert list(_traces(installed(), TRACER))
 
 
+def test_package_hands_on_what_it_says() -> None:
+    assert installed().handed_on(ROOT) == sorted(laplace_amort.__all__) == laplace_amort.__all__
+
+
+# ------------------------------------------------------------------------------------------------ planted violations
+
+DOOR = '"""What is here."""\n'
 SOUND = {
-    "__init__.py": "from laplace_amort.dual_path import dual_path\nfrom laplace_amort.log_joint import LogJoint",
-    "errors.py": "import torch",
-    "dual_path.py": "from laplace_amort.errors import PathError",
-    "log_joint.py": "from pyro import poutine\nfrom . import errors\npoutine.trace(model).get_trace()",
-    "routes.py": "import pyro\nfrom laplace_amort.log_joint import LogJoint\ntorch.jit.trace(f)\nelbo._get_trace(m)",
-    "testing/__init__.py": "from .report import Report\nfrom . import checks",
-    "testing/report.py": "from ..errors import GuideCheckError",
-    "testing/checks.py": "from laplace_amort.testing import report\nfrom pyro.poutine import trace",
-    "cli.py": "import importlib\nfrom laplace_amort import LogJoint, datasets\nimportlib.import_module(name)",
-    "datasets/__init__.py": "",
+    "__init__.py": DOOR + "from laplace_amort.guide import Guide\n__version__ = '1'\n__all__ = ['Guide']",
+    "errors.py": "import torch\n__all__ = ['PathError']",
+    "types.py": "__all__ = ['Vector']",
+    "linalg/__init__.py": DOOR + "from .matrix import Matrix, Whitening\n__all__ = ['Matrix', 'Whitening']",
+    "linalg/matrix.py": "from laplace_amort.errors import PathError",
+    "linalg/repair.py": "from laplace_amort.linalg.matrix import Matrix, _small",
+    "units/__init__.py": DOOR + "from laplace_amort.units.modes import Mode\n__all__ = ['Mode']",
+    "units/modes.py": "import torch\nfrom laplace_amort.linalg import Matrix",
+    "model/__init__.py": DOOR + "from laplace_amort.model.log_joint import LogJoint\n__all__ = ['LogJoint']",
+    "model/log_joint.py": "from pyro import poutine\nfrom ..errors import PathError\npoutine.trace(model).get_trace()",
+    "guide/__init__.py": DOOR + "from laplace_amort.guide.auto import Guide\n__all__ = ['Guide']",
+    "guide/auto.py": "import pyro\nfrom laplace_amort.model import LogJoint\nfrom laplace_amort.units import Mode\n"
+    "torch.jit.trace(f)\nelbo._get_trace(m)",
+    "fitting/__init__.py": '"""How the parameter\nis found."""',
+    "fitting/fit.py": "from laplace_amort.linalg import Whitening",
+    "testing/__init__.py": DOOR + "from .report import Report\n__all__ = ['Report']",
+    "testing/report.py": "from laplace_amort.testing import checks",
+    "testing/checks.py": "from pyro.poutine import trace\nfrom ..guide import Guide",
+    "plots/__init__.py": DOOR + "from .style import style\n__all__ = ['style']",
+    "plots/style.py": "import matplotlib",
+    "examples/__init__.py": DOOR,
+    "examples/demo.py": "from laplace_amort import Guide",
+    "examples/datasets/__init__.py": '"""Data. And more."""\ndef load(): ...',
+    "cli/__init__.py": DOOR,
+    "cli/main.py": "import importlib\nimport laplace_amort\nfrom laplace_amort import Guide, plots, __version__\n"
+    "plots.style()\ndef f():\n    from laplace_amort.examples.demo import run\nimportlib.import_module(name)",
 }
 
 
@@ -246,102 +195,79 @@ def test_sound_house_passes() -> None:
     assert violations(Package(SOUND)) == []
 
 
-@pytest.mark.parametrize(
-    ("path", "source", "expected"),
-    [
-        (
-            "errors.py",
-            "import laplace_amort.dual_path",
-            "laplace_amort.errors:1 (layer 0) imports laplace_amort.dual_path (layer 1)",
-        ),
-        (
-            "dual_path.py",
-            "from laplace_amort.log_joint import LogJoint",
-            "(layer 1) imports laplace_amort.log_joint (layer 3)",
-        ),
-        ("dual_path.py", "from laplace_amort import log_joint", "(layer 1) imports laplace_amort.log_joint (layer 3)"),
-        ("dual_path.py", "from . import log_joint", "(layer 1) imports laplace_amort.log_joint (layer 3)"),
-        ("dual_path.py", "from .log_joint import LogJoint", "(layer 1) imports laplace_amort.log_joint (layer 3)"),
-        (
-            "log_joint.py",
-            "def f():\n    from .testing.report import Report",
-            "laplace_amort.log_joint:2 (layer 3) imports",
-        ),
-        (
-            "routes.py",
-            "if TYPE_CHECKING:\n    from .cli import main",
-            "laplace_amort.routes:2 (layer 4) imports laplace_amort.cli",
-        ),
-        ("routes.py", "importlib.import_module('laplace_amort.cli')", "(layer 4) imports laplace_amort.cli (layer 6)"),
-        (
-            "testing/report.py",
-            "from .. import cli",
-            "laplace_amort.testing.report:1 (layer 5) imports laplace_amort.cli",
-        ),
-        (
-            "testing/__init__.py",
-            "from ..cli import main",
-            "laplace_amort.testing:1 (layer 5) imports laplace_amort.cli",
-        ),
-        ("errors.py", "import pyro", "laplace_amort.errors:1 (layer 0) imports pyro"),
-        (
-            "dual_path.py",
-            "def f():\n    from pyro.infer import SVI",
-            "laplace_amort.dual_path:2 (layer 1) imports pyro.infer.SVI",
-        ),
-        ("dual_path.py", "import pyro.poutine as p", "(layer 1) imports pyro.poutine"),
-        (
-            "dual_path.py",
-            "from laplace_amort import DualPath",
-            "import cycle: laplace_amort -> laplace_amort.dual_path -> laplace_amort",
-        ),
-        (
-            "log_joint.py",
-            "from laplace_amort import LogJoint",
-            "import cycle: laplace_amort -> laplace_amort.log_joint -> laplace_amort",
-        ),
-        (
-            "testing/report.py",
-            "from laplace_amort.testing.checks import x",
-            "laplace_amort.testing.report -> laplace_amort.testing.checks",
-        ),
-        (
-            "params.py",
-            "from pyro import poutine\npoutine.trace(model)",
-            "laplace_amort.params:2 traces a Pyro program (poutine.trace)",
-        ),
-        (
-            "params.py",
-            "import pyro\npyro.poutine.trace(model)",
-            "laplace_amort.params:2 traces a Pyro program (pyro.poutine.trace)",
-        ),
-        (
-            "params.py",
-            "import pyro.poutine as p\np.trace(model)",
-            "laplace_amort.params:2 traces a Pyro program (p.trace)",
-        ),
-        (
-            "params.py",
-            "from pyro.poutine import trace as t",
-            "laplace_amort.params:1 traces a Pyro program (pyro.poutine.trace)",
-        ),
-        (
-            "params.py",
-            "from pyro.poutine.trace_messenger import TraceMessenger",
-            "laplace_amort.params:1 traces a Pyro program",
-        ),
-        ("params.py", "handler.get_trace()", "laplace_amort.params:1 traces a Pyro program (handler.get_trace)"),
-        ("cli.py", "from pyro.infer.enum import get_importance_trace", "laplace_amort.cli:1 traces a Pyro program"),
-        ("attic.py", "", "room 'attic' is in no layer: add it to LAYERS in test_house.py"),
-        ("attic/box.py", "", "room 'attic' is in no layer: add it to LAYERS in test_house.py"),
-    ],
-)
-def test_planted_violations_are_found(path: str, source: str, expected: str) -> None:
+# What is written at the end of which file, and what is said of its last line.
+PLANTED = [
+    # Who may import whom.
+    ("errors.py", "from laplace_amort.types import Vector", "types.Vector: 'errors' may import nothing"),
+    ("linalg/matrix.py", "from laplace_amort.units import Mode", "units.Mode: 'linalg' may import errors, types"),
+    ("linalg/matrix.py", "from ..units import Mode", "imports laplace_amort.units.Mode: 'linalg' may import"),
+    ("linalg/matrix.py", "from .. import units", "imports laplace_amort.units: 'linalg' may import"),
+    ("linalg/__init__.py", "from ..cli import main", "imports laplace_amort.cli.main: 'linalg' may import"),
+    ("units/modes.py", "import laplace_amort.guide.auto", "laplace_amort.guide.auto: 'units' may import"),
+    ("units/modes.py", "from laplace_amort import Guide", "laplace_amort.Guide: 'units' may import"),
+    ("fitting/fit.py", "from ..linalg import Matrix", "laplace_amort.linalg.Matrix: 'fitting' may import"),
+    ("examples/demo.py", "from ..units import Mode", "laplace_amort.units.Mode: 'examples' may import"),
+    ("cli/main.py", "from ..guide import Guide", "laplace_amort.guide.Guide: 'cli' may import"),
+    ("guide/auto.py", "if TYPE_CHECKING:\n    from ..cli import f", "laplace_amort.cli.f: 'guide' may import"),
+    ("guide/auto.py", "def f():\n    from ..cli import g", "laplace_amort.cli.g: 'guide' may import"),
+    ("guide/auto.py", "importlib.import_module('laplace_amort.cli')", "laplace_amort.cli: 'guide' may import"),
+    # Through the door.
+    ("units/modes.py", "from ..linalg.matrix import Matrix", "matrix.Matrix: the door is laplace_amort.linalg"),
+    ("units/modes.py", "import laplace_amort.linalg.matrix", "linalg.matrix: the door is laplace_amort.linalg"),
+    ("units/modes.py", "from laplace_amort import linalg", "imports laplace_amort.linalg as a whole"),
+    ("units/modes.py", "from ..linalg import matrix", "linalg.matrix, which 'linalg' does not hand on"),
+    ("units/modes.py", "from ..linalg import _own", "linalg._own, which 'linalg' does not hand on"),
+    ("units/modes.py", "from ..linalg import *", "linalg.*, which 'linalg' does not hand on"),
+    ("units/modes.py", "from ..errors import Other", "errors.Other, which 'errors' does not hand on"),
+    ("units/modes.py", "Matrix._own", "reads laplace_amort.linalg.Matrix._own"),
+    ("cli/main.py", "plots.numbers", "reads laplace_amort.plots.numbers"),
+    ("cli/main.py", "from ..examples.demo import _own", "examples.demo._own: the name is the file's own"),
+    ("cli/main.py", "from .. import Mode", "laplace_amort.Mode, which the package does not hand on"),
+    ("__init__.py", "from .units.modes import Mode", "units.modes.Mode: the door is laplace_amort.units"),
+    # Where it can be seen.
+    ("guide/auto.py", "def f():\n    from ..model import LogJoint", "model.LogJoint inside a function"),
+    ("linalg/matrix.py", "async def f():\n    from . import repair", "linalg.repair inside a function"),
+    # In no circle.
+    ("linalg/matrix.py", "from . import repair", "-> linalg/repair.py:1 -> linalg/matrix.py"),
+    ("linalg/matrix.py", "from . import Matrix", "cycle: linalg/__init__.py:2 -> linalg/matrix.py:2"),
+    ("guide/auto.py", "from .. import Guide", "cycle: __init__.py:2 -> guide/__init__.py:2 -> guide/auto.py:6"),
+    ("testing/checks.py", "def f():\n    from . import report", "-> testing/checks.py:4 -> testing/report.py"),
+    # Tensors without Pyro.
+    ("errors.py", "import pyro", "imports pyro: 'errors' knows no Pyro"),
+    ("units/modes.py", "def f():\n    from pyro.infer import SVI", "pyro.infer.SVI: 'units' knows no Pyro"),
+    ("linalg/matrix.py", "import pyro.poutine as p", "pyro.poutine: 'linalg' knows no Pyro"),
+    # Tracing.
+    ("guide/auto.py", "from pyro import poutine\npoutine.trace(f)", "traces a Pyro program (poutine.trace)"),
+    ("guide/auto.py", "pyro.poutine.trace(f)", "traces a Pyro program (pyro.poutine.trace)"),
+    ("guide/auto.py", "import pyro.poutine as p\np.trace(f)", "traces a Pyro program (p.trace)"),
+    ("guide/auto.py", "from pyro.poutine import trace as t", "traces a Pyro program (pyro.poutine.trace)"),
+    ("guide/auto.py", "from pyro.poutine.trace_messenger import TraceMessenger", "traces a Pyro program"),
+    ("guide/auto.py", "handler.get_trace()", "traces a Pyro program (handler.get_trace)"),
+    ("cli/main.py", "from pyro.infer.enum import get_importance_trace", "traces a Pyro program"),
+    ("model/layout.py", "handler.get_trace()", "traces a Pyro program (handler.get_trace)"),
+    # Doors.
+    ("model/__init__.py", "x = 1", "does more than hand names on: x = 1"),
+    ("fitting/__init__.py", "def f(): ...", "does more than hand names on: def f():"),
+    ("model/__init__.py", "from .log_joint import Other", "imports Other or has it in __all__, and not both"),
+    ("posterior/__init__.py", "__all__ = ['Other']", "imports Other or has it in __all__, and not both"),
+    ("cli/__init__.py", "__all__ = ['f']; from .main import f", "hands on f, which no other room uses"),
+    ("posterior/__init__.py", "", "has no docstring of one sentence"),
+    ("posterior/__init__.py", '"""One. And two."""', "has no docstring of one sentence"),
+    ("posterior/__init__.py", '"""One.\\n\\nMore."""', "has no docstring of one sentence"),
+    # Rooms.
+    ("attic.py", "", "is in no room: 'attic' has no line in the table"),
+    ("attic/box.py", "", "is in no room: 'attic' has no line in the table"),
+]
+
+
+@pytest.mark.parametrize(("path", "planted", "said"), PLANTED)
+def test_planted_violations_are_found(path: str, planted: str, said: str) -> None:
+    source = "\n".join([*SOUND.get(path, "").splitlines(), planted])
     found = violations(Package({**SOUND, path: source}))
-    assert any(expected in line for line in found), found
+    assert any(f"{path}:{source.count(chr(10)) + 1} " in line and said in line for line in found), found
 
 
-# Run in a fresh interpreter with a bare package, because laplace_amort/__init__.py imports the upper layers too.
+# Run in a fresh interpreter with a bare package, because laplace_amort/__init__.py imports the rooms above too.
 IMPORT_WITHOUT_PYRO = """
 import importlib, json, sys, types
 
@@ -350,32 +276,23 @@ class NoPyro:
         if name.split(".")[0] == "pyro":
             raise ImportError("pyro is out of bounds")
 
-rooms, directory, planted = json.loads(sys.argv[1])
+modules, directory, planted = json.loads(sys.argv[1])
 sys.meta_path.insert(0, NoPyro())
 package = sys.modules["laplace_amort"] = types.ModuleType("laplace_amort")
 package.__path__ = [directory]
-for room in rooms:
-    importlib.import_module("laplace_amort." + room)
+for module in modules:
+    importlib.import_module(module)
 assert "pyro" not in sys.modules
 try:
-    importlib.import_module("laplace_amort." + planted)
+    importlib.import_module(planted)
 except ImportError as error:
     print(error)
 """
 
 
-def test_tensor_layers_run_without_pyro() -> None:
-    directory = laplace_amort.__path__[0]
-    rooms = sorted({room(name) for name in Package(installed_sources()).trees} - {""})
-    argument = json.dumps([[name for name in rooms if LAYERS.get(name, 9) <= TENSORS_ONLY], directory, "params"])
+def test_rooms_of_tensors_run_without_pyro() -> None:
+    modules = [name for name in installed().trees if room_of(name) in TENSORS]
+    argument = json.dumps([modules, laplace_amort.__path__[0], f"{ROOT}.guide.params"])
     command = [sys.executable, "-c", IMPORT_WITHOUT_PYRO, argument]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (run.returncode, run.stdout) == (0, "pyro is out of bounds\n"), run.stderr
-
-
-def test_package_only_hands_names_on() -> None:
-    tree = ast.parse(installed_sources()["__init__.py"])
-    names = {alias.name for node in tree.body if isinstance(node, ast.ImportFrom) for alias in node.names}
-    assert sorted(names) == laplace_amort.__all__
-    others = [node for node in tree.body[1:] if not isinstance(node, ast.ImportFrom)]
-    assert {ast.unparse(node).split(" =")[0] for node in others} == {"__version__", "__all__"}
