@@ -5,13 +5,22 @@ All draws are of fixed seeds; the planted failures are far beyond what another s
 
 import dataclasses
 
-import pyro
-import pyro.distributions as dist
 import pytest
 import torch
 from helpers.diagnoses import NAMES, Z, diagnosed, finding, fitted, followed, level
-from helpers.fit_models import gaussian, guide_for, poisson, poisson_counts
-from pyro import poutine
+from helpers.fit_models import (
+    ANSWERS,
+    SCHOOLS,
+    either_sign,
+    gaussian,
+    guide_for,
+    one_answer,
+    poisson,
+    poisson_counts,
+    schools,
+    tails,
+    weighted,
+)
 
 from laplace_amort import (
     FitStatus,
@@ -26,51 +35,6 @@ from laplace_amort import (
 )
 
 FAR = torch.linspace(1.0, 5.0, 12, dtype=torch.float64)
-ANSWERS = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0], dtype=torch.float64).repeat(20)
-SCHOOLS = (
-    torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0], dtype=torch.float64),
-    torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0], dtype=torch.float64),
-)
-
-
-def either_sign(z, power):
-    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
-    with pyro.plate("units", len(z)):
-        y = pyro.sample("y", dist.Normal(mu, 1.0))
-        pyro.sample("z", dist.Normal(y**power, 0.5), obs=z)
-
-
-def schools(z, errors):
-    mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
-    tau = pyro.sample("tau", dist.HalfCauchy(5.0))
-    with pyro.plate("units", 8):
-        y = pyro.sample("y", dist.Normal(mu, tau))
-        pyro.sample("z", dist.Normal(y, errors), obs=z)
-
-
-def weighted(z, weight):
-    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
-    tau = pyro.sample("tau", dist.HalfNormal(1.0))
-    with pyro.plate("units", z.shape[-1]):
-        y = pyro.sample("y", dist.Normal(mu, tau))
-        with pyro.plate("counts", 3, dim=-2), poutine.scale(scale=weight):
-            pyro.sample("z", dist.Poisson(y.exp()), obs=z)
-
-
-def tails(z, heavy):
-    """Data that say nothing of the global."""
-    pyro.sample("mu", dist.Cauchy(0.0, 1.0) if heavy else dist.Normal(0.0, 1.0))
-    with pyro.plate("units", len(z)):
-        y = pyro.sample("y", dist.Normal(0.0, 1.0))
-        pyro.sample("z", dist.Normal(y, 1.0), obs=z)
-
-
-def one_answer(z):
-    """One answer of each of many units: its integral is far from that of a normal density."""
-    mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
-    with pyro.plate("units", len(z)):
-        y = pyro.sample("y", dist.Normal(mu, 3.0))
-        pyro.sample("z", dist.Bernoulli(logits=y), obs=z)
 
 
 # ----------------------------------------------------------------------------------------------------- planted failures

@@ -8,6 +8,7 @@ import scipy.integrate
 import scipy.stats
 import torch
 from helpers.fit_models import gaussian, guide_for, poisson, poisson_counts
+from helpers.fit_models import one_answer as answers
 from helpers.unit_models import UNIT_MODELS
 from torch.nn.functional import logsigmoid
 
@@ -19,13 +20,6 @@ from laplace_amort.units.quadrature import Laplace
 
 Z = torch.tensor([1.0, 3.0, -0.5, 2.0], dtype=torch.float64)
 MU = 0.3
-
-
-def answers(z):
-    mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
-    with pyro.plate("units", len(z)):
-        y = pyro.sample("y", dist.Normal(mu, 3.0))
-        pyro.sample("z", dist.Bernoulli(logits=y), obs=z)
 
 
 def two_modes(z, share):

@@ -11,15 +11,17 @@ from helpers.fit_models import (
     COUNTS,
     branching,
     evidence,
+    flat,
     gaussian,
     guide_for,
+    kinked,
+    nowhere,
     poisson,
     poisson_counts,
     trajectory,
     two_peaks,
 )
-from helpers.unit_models import UNIT_MODELS
-from pyro.distributions import constraints
+from helpers.unit_models import UNIT_MODELS, counts_alone
 from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide.initialization import init_to_value
 
@@ -185,11 +187,6 @@ def test_parameters_of_repair_and_model_are_fitted():
 
 
 def test_model_without_globals():
-    def counts_alone(z):
-        with pyro.plate("units", len(z)):
-            y = pyro.sample("y", dist.Normal(0.0, 1.0))
-            pyro.sample("z", dist.Poisson(y.exp()), obs=z)
-
     for objective in OBJECTIVES.values():
         result = fit(counts_alone, guide_for(counts_alone), COUNTS, objective=objective)
         assert result.status.ok
@@ -235,13 +232,6 @@ def test_start_in_a_bad_place(far, objective):
 
 
 def test_no_start_at_all():
-    def nowhere(z):
-        """The conditional density of a unit grows for ever."""
-        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
-        with pyro.plate("units", len(z)):
-            y = pyro.sample("y", dist.ImproperUniform(constraints.real, (), ()))
-            pyro.factor("up", torch.nn.functional.softplus(y + mu))
-
     for objective in (MarginalLaplace(), FixedDrawELBO()):
         result = fit(nowhere, guide_for(nowhere), Z, objective=objective)
         assert result.status is FitStatus.START_FAILED
@@ -407,12 +397,6 @@ def test_binomial_at_logits_of_zero():
 
 
 def test_a_kink_at_the_mode_is_told():
-    def kinked(z):
-        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
-        with pyro.plate("units", len(z)):
-            y = pyro.sample("y", dist.Normal(mu, 1.0))
-            pyro.factor("z", -(((y - mu).abs() + 0.1 * z) ** 2))
-
     result = fit(kinked, guide_for(kinked), torch.ones(4), objective=MarginalLaplace())
     assert "is there a kink" in result.notes[-1].lower()
     assert "4 of 4 units" in result.notes[-1]
@@ -420,12 +404,6 @@ def test_a_kink_at_the_mode_is_told():
 
 def test_globals_that_are_not_identified_are_named():
     """A sum of two with flat priors: any two with the same sum are as good."""
-
-    def flat(z):
-        a, b = (pyro.sample(name, dist.ImproperUniform(constraints.real, (), ())) for name in "ab")
-        with pyro.plate("units", len(z)):
-            y = pyro.sample("y", dist.Normal(a + 2 * b, 1.0))
-            pyro.sample("z", dist.Normal(y, 1.0), obs=z)
 
     result = fit(flat, guide_for(flat), Z, objective=MarginalLaplace())
     assert result.status is FitStatus.NO_MAXIMUM

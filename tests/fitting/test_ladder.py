@@ -6,7 +6,17 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from helpers.fit_models import Interrupt, gaussian, guide_for, poisson, poisson_counts, trajectory, two_peaks
+from helpers.fit_models import (
+    ANSWERS,
+    Interrupt,
+    gaussian,
+    guide_for,
+    one_answer,
+    poisson,
+    poisson_counts,
+    trajectory,
+    two_peaks,
+)
 from helpers.unit_models import UNIT_MODELS
 
 from laplace_amort import (
@@ -28,15 +38,7 @@ from laplace_amort.fitting.objectives.quadrature import QuadratureFunction
 from laplace_amort.posterior.unit_draws import NestedUnits, WeightedUnits
 
 Z = torch.tensor([1.0, 3.0, -0.5, 2.0], dtype=torch.float64)
-ANSWERS = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0], dtype=torch.float64).repeat(20)
 COUNTS = poisson_counts(40).double()
-
-
-def one_answer(z):
-    mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
-    with pyro.plate("units", len(z)):
-        y = pyro.sample("y", dist.Normal(mu, 3.0))
-        pyro.sample("z", dist.Bernoulli(logits=y), obs=z)
 
 
 def climbed(model, *args, objective=Ladder(), **options):  # noqa: B008 (never changes)

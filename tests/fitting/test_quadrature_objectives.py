@@ -9,11 +9,20 @@ import pyro.distributions as dist
 import pytest
 import scipy.optimize
 import torch
-from helpers.fit_models import evidence, gaussian, guide_for, poisson, poisson_counts, subsampled, trajectory
+from helpers.fit_models import (
+    evidence,
+    flat,
+    gaussian,
+    guide_for,
+    nowhere,
+    poisson,
+    poisson_counts,
+    subsampled,
+    trajectory,
+)
 from helpers.oracles import finite_difference
 from helpers.posteriors import brute_force, log_marginal_of_counts
 from helpers.unit_models import UNIT_MODELS
-from pyro.distributions import constraints
 
 from laplace_amort import (
     FitStatus,
@@ -217,12 +226,6 @@ def test_a_number_of_draws_is_for_the_nested_elbo():
 def test_units_without_a_mode(objective):
     """The conditional density of a unit grows for ever."""
 
-    def nowhere(z):
-        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
-        with pyro.plate("units", len(z)):
-            y = pyro.sample("y", dist.ImproperUniform(constraints.real, (), ()))
-            pyro.factor("up", torch.nn.functional.softplus(y + mu))
-
     objective = dataclasses.replace(objective, start_with=None)
     result = fit(nowhere, guide_for(nowhere), Z, objective=objective)
     assert result.status is FitStatus.START_FAILED
@@ -233,12 +236,6 @@ def test_units_without_a_mode(objective):
 
 
 def test_globals_that_are_not_identified_have_no_maximum():
-    def flat(z):
-        a, b = (pyro.sample(name, dist.ImproperUniform(constraints.real, (), ())) for name in "ab")
-        with pyro.plate("units", len(z)):
-            y = pyro.sample("y", dist.Normal(a + 2 * b, 1.0))
-            pyro.sample("z", dist.Normal(y, 1.0), obs=z)
-
     assert fit(flat, guide_for(flat), Z, objective=MarginalQuadrature()).status is FitStatus.NO_MAXIMUM
 
 

@@ -6,9 +6,10 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from helpers.family_models import FAMILY_MODELS, fixed_noise
+from helpers.guides import fixed_noise
 from helpers.models import normals
 from helpers.oracles import Figures, relative_error
+from helpers.unit_models import FAMILY_MODELS
 from pyro.infer import (
     RenyiELBO,
     Trace_ELBO,

@@ -4,7 +4,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from helpers.family_models import fixed_noise
+from helpers.guides import fixed_noise
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide.initialization import init_to_mean, init_to_median, init_to_value
 

@@ -4,8 +4,10 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from helpers.family_models import EXACT, FAMILY_MODELS, fixed_noise, loss_of, poisson, with_parameter
+from helpers.guides import EXACT, fixed_noise, loss_of
 from helpers.models import MODELS, counts, normals
+from helpers.unit_models import FAMILY_MODELS, with_parameter
+from helpers.unit_models import batches as poisson
 from pyro import poutine
 from pyro.infer import SVI, Importance, Predictive, RenyiELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoDelta, AutoGuideList, AutoNormal

@@ -6,8 +6,9 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from helpers.family_models import FAMILY_MODELS, poisson, vectors
 from helpers.models import MODELS, counts, nested_plates, normals, sequential, subsampled_twice
+from helpers.unit_models import FAMILY_MODELS, vectors
+from helpers.unit_models import batches as poisson
 from pyro import poutine
 from pyro.infer import SVI, JitTrace_ELBO, Trace_ELBO
 

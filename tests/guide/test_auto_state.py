@@ -8,19 +8,10 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from helpers.family_models import (
-    EXACT,
-    closed_form,
-    constrained,
-    loss_of,
-    poisson,
-    same,
-    saved,
-    step,
-    with_parameter,
-    with_state,
-)
+from helpers.guides import EXACT, closed_form, loss_of, same, saved, step, with_state
 from helpers.models import conjugate_normal, counts, normals
+from helpers.unit_models import batches as poisson
+from helpers.unit_models import constrained, with_parameter
 from pyro.infer import SVI, Trace_ELBO
 from pyro.nn import PyroModule, PyroParam, PyroSample, pyro_method
 from torch import Tensor, nn

@@ -6,8 +6,10 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from helpers.family_models import FAMILY_MODELS, poisson, same, saved, step, vectors, with_state
+from helpers.guides import same, saved, step, with_state
 from helpers.models import counts
+from helpers.unit_models import FAMILY_MODELS, vectors
+from helpers.unit_models import batches as poisson
 from pyro.infer import Trace_ELBO
 from pyro.nn import PyroModule, PyroParam
 

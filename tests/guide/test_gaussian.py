@@ -4,8 +4,9 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from helpers.family_models import FAMILY_MODELS, constrained, poisson
 from helpers.models import MODELS, counts, normals
+from helpers.unit_models import FAMILY_MODELS, constrained
+from helpers.unit_models import batches as poisson
 from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 

@@ -1,21 +1,24 @@
-"""Small models for the tests of fit, and how results are compared."""
+"""Small models with units for the tests of fits, posteriors and diagnoses, and how results are compared."""
 
 from __future__ import annotations
 
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro import poutine
+from pyro.distributions import constraints
 
-from helpers.models import counts
+from helpers.models import EIGHT_SCHOOLS, counts, units
 from laplace_amort import AutoLaplaceFamily
+
+COUNTS = counts(12)
+ANSWERS = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0], dtype=torch.float64).repeat(20)  # for one_answer
+SCHOOLS = tuple(torch.tensor(column, dtype=torch.float64) for column in EIGHT_SCHOOLS)
 
 
 def gaussian(z):
     """Normal throughout: the family holds the posterior, and both objectives are exact."""
-    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
-    with pyro.plate("units", len(z)):
-        y = pyro.sample("y", dist.Normal(mu, 1.0))
-        pyro.sample("z", dist.Normal(y, 1.0), obs=z)
+    units(z, lambda mu: dist.Normal(mu, 1.0), lambda y: dist.Normal(y, 1.0))
 
 
 def evidence(z):
@@ -29,12 +32,8 @@ def evidence(z):
 
 def poisson(z):
     """A hierarchy of counts ``z (3, N)``."""
-    mu = pyro.sample("mu", dist.Normal(0.0, 3.0))
-    tau = pyro.sample("tau", dist.LogNormal(0.0, 1.0))
-    with pyro.plate("units", z.shape[-1], dim=-1):
-        y = pyro.sample("y", dist.Normal(mu, tau))
-        with pyro.plate("counts", 3, dim=-2):
-            pyro.sample("z", dist.Poisson(y.exp()), obs=z)
+    priors = {"mu": dist.Normal(0.0, 3.0), "tau": dist.LogNormal(0.0, 1.0)}
+    units(z, dist.Normal, lambda y: dist.Poisson(y.exp()), inside="counts", **priors)
 
 
 def poisson_counts(num_units=40, seed=0):
@@ -43,29 +42,74 @@ def poisson_counts(num_units=40, seed=0):
     return torch.poisson(y.exp().expand(3, -1), generator=generator)
 
 
-def subsampled(z, size):
+def subsampled(z, size=None, sd=0.5):
     """The same with one count each, and minibatches."""
     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
     with pyro.plate("units", len(z), subsample_size=size) as indices:
-        y = pyro.sample("y", dist.Normal(mu, 0.5))
+        y = pyro.sample("y", dist.Normal(mu, sd))
         pyro.sample("z", dist.Poisson(y.exp()), obs=z[indices])
 
 
 def two_peaks(z):
     """A posterior that is the same for both signs of its only global."""
-    mu = pyro.sample("mu", dist.Normal(0.0, 3.0))
-    with pyro.plate("units", len(z)):
-        y = pyro.sample("y", dist.Normal(mu**2, 0.5))
-        pyro.sample("z", dist.Normal(y, 0.5), obs=z)
+    units(z, lambda mu: dist.Normal(mu**2, 0.5), lambda y: dist.Normal(y, 0.5), mu=dist.Normal(0.0, 3.0))
 
 
 def branching(z):
     """What no recording can hold: Python looks at the value of a latent."""
+    units(z, lambda mu: dist.Normal(mu, 0.5 if bool(mu > -3) else 0.6), lambda y: dist.Poisson(y.exp()))
+
+
+def one_answer(z):
+    """One answer of each of many units: its integral is far from that of a normal density."""
+    units(z, lambda mu: dist.Normal(mu, 3.0), lambda y: dist.Bernoulli(logits=y), mu=dist.Normal(0.0, 2.0))
+
+
+def either_sign(z, power=2):
+    """Units with two modes, if the power is even."""
+    units(z, lambda mu: dist.Normal(mu, 1.0), lambda y: dist.Normal(y**power, 0.5))
+
+
+def schools(z, errors):
+    priors = {"mu": dist.Normal(0.0, 10.0), "tau": dist.HalfCauchy(5.0)}
+    units(z, dist.Normal, lambda y: dist.Normal(y, errors), **priors)
+
+
+def weighted(z, weight=5.0):
+    """Three counts of each unit, each as if it had been seen several times."""
     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
-    scale = 0.5 if bool(mu > -3) else 0.6
+    tau = pyro.sample("tau", dist.HalfNormal(1.0))
+    with pyro.plate("units", z.shape[-1]):
+        y = pyro.sample("y", dist.Normal(mu, tau))
+        with pyro.plate("counts", 3, dim=-2), poutine.scale(scale=weight):
+            pyro.sample("z", dist.Poisson(y.exp()), obs=z)
+
+
+def tails(z, heavy=True):
+    """Data that say nothing of the global, which may have tails without end."""
+    prior = dist.Cauchy(0.0, 1.0) if heavy else dist.Normal(0.0, 1.0)
+    units(z, lambda mu: dist.Normal(0.0, 1.0), lambda y: dist.Normal(y, 1.0), mu=prior)
+
+
+def nowhere(z):
+    """The conditional density of a unit grows for ever."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
     with pyro.plate("units", len(z)):
-        y = pyro.sample("y", dist.Normal(mu, scale))
-        pyro.sample("z", dist.Poisson(y.exp()), obs=z)
+        y = pyro.sample("y", dist.ImproperUniform(constraints.real, (), ()))
+        pyro.factor("up", torch.nn.functional.softplus(y + mu))
+
+
+def flat(z):
+    """Two globals of which one sum is identified."""
+    priors = {name: dist.ImproperUniform(constraints.real, (), ()) for name in "ab"}
+    units(z, lambda a, b: dist.Normal(a + 2 * b, 1.0), lambda y: dist.Normal(y, 1.0), **priors)
+
+
+def kinked(z):
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("units", len(z)):
+        y = pyro.sample("y", dist.Normal(mu, 1.0))
+        pyro.factor("z", -(((y - mu).abs() + 0.1 * z) ** 2))
 
 
 def guide_for(model, **options):
@@ -77,9 +121,6 @@ def guide_for(model, **options):
 def trajectory(result):
     """All that a history says, but for seconds."""
     return [(step.stage, step.objective, step.gradient_norm, step.num_draws) for step in result.history]
-
-
-COUNTS = counts(12)
 
 
 class Interrupt:

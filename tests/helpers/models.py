@@ -5,6 +5,7 @@ Every model can be vectorized: a value may carry dimensions of enclosing plates 
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -38,36 +39,50 @@ def counts(*shape: int, seed: int = 0) -> Tensor:
 EIGHT_SCHOOLS = [28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0], [15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0]
 
 
+def uniforms(*shape: int, seed: int = 0) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def bits(*shape: int, seed: int = 0) -> Tensor:
+    return (normals(*shape, seed=seed) > 0).to(torch.get_default_dtype())
+
+
+def units(z, local, likelihood, inside=None, **priors):
+    """Globals from their priors, units from ``local`` of the globals, data from ``likelihood`` of the units.
+
+    The prior of ``mu`` is standard normal if there is none; ``inside`` names a plate within that of the units, for data
+    with several rows.
+    """
+    globals_ = [pyro.sample(name, prior) for name, prior in (priors or {"mu": dist.Normal(0.0, 1.0)}).items()]
+    with pyro.plate("units", z.shape[-1] if inside else len(z)):
+        y = pyro.sample("y", local(*globals_))
+        with pyro.plate(inside, len(z), dim=-2) if inside else contextlib.nullcontext():
+            pyro.sample("z", likelihood(y), obs=z)
+
+
+def hierarchy(z, local, likelihood):
+    units(z, local, likelihood, mu=dist.Normal(0.0, 2.0), tau=dist.HalfNormal(1.0))
+
+
 def conjugate_normal(z, prior=1.0):
-    mu = pyro.sample("mu", dist.Normal(0.0, prior))
-    with pyro.plate("units", len(z)):
-        y = pyro.sample("y", dist.Normal(mu, 0.7))
-        pyro.sample("z", dist.Normal(y, 0.5), obs=z)
+    units(z, lambda mu: dist.Normal(mu, 0.7), lambda y: dist.Normal(y, 0.5), mu=dist.Normal(0.0, prior))
 
 
-def _hierarchy(z, local, likelihood):
-    mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
-    tau = pyro.sample("tau", dist.HalfNormal(1.0))
-    with pyro.plate("units", len(z)):
-        y = pyro.sample("y", local(mu, tau))
-        pyro.sample("z", likelihood(y), obs=z)
+def normal(z, errors=0.5):
+    hierarchy(z, dist.Normal, lambda y: dist.Normal(y, errors))
 
 
 def poisson_lognormal(z):
-    _hierarchy(z, dist.Normal, lambda y: dist.Poisson(y.exp()))
+    hierarchy(z, dist.Normal, lambda y: dist.Poisson(y.exp()))
 
 
 def bernoulli_logit(z):
-    mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
-    tau = pyro.sample("tau", dist.Exponential(1.0))
-    with pyro.plate("units", z.shape[-1], dim=-1):
-        y = pyro.sample("y", dist.Normal(mu, tau))
-        with pyro.plate("answers", z.shape[-2], dim=-2):
-            pyro.sample("z", dist.Bernoulli(logits=y), obs=z)
+    priors = {"mu": dist.Normal(0.0, 2.0), "tau": dist.Exponential(1.0)}
+    units(z, dist.Normal, lambda y: dist.Bernoulli(logits=y), inside="answers", **priors)
 
 
 def student_t(z, errors):
-    _hierarchy(z, lambda mu, tau: dist.StudentT(4.0, mu, tau), lambda y: dist.Normal(y, errors))
+    hierarchy(z, lambda mu, tau: dist.StudentT(4.0, mu, tau), lambda y: dist.Normal(y, errors))
 
 
 def eight_schools(z, errors):
@@ -118,20 +133,17 @@ def latents_of(make: Callable[[], Any]) -> Callable[..., Any]:
     return model
 
 
-def correlated(z):
+def correlated(z, likelihood=lambda y: dist.Normal(y, 0.5)):
     mu = pyro.sample("mu", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
     tau = pyro.sample("tau", dist.HalfNormal(1.0).expand([2]).to_event(1))
     factor = pyro.sample("factor", dist.LKJCholesky(2, 2.0))
     with pyro.plate("units", len(z)):
         y = pyro.sample("y", dist.MultivariateNormal(mu, scale_tril=tau.unsqueeze(-1) * factor))
-        pyro.sample("z", dist.Normal(y, 0.5).to_event(1), obs=z)
+        pyro.sample("z", likelihood(y).to_event(1), obs=z)
 
 
 def dependent_support(z):
-    theta = pyro.sample("theta", dist.Gamma(3.0, 1.0))
-    with pyro.plate("units", len(z)):
-        y = pyro.sample("y", dist.Uniform(0.0, theta))
-        pyro.sample("z", dist.Normal(y, 0.5), obs=z)
+    units(z, lambda theta: dist.Uniform(0.0, theta), lambda y: dist.Normal(y, 0.5), theta=dist.Gamma(3.0, 1.0))
 
 
 def dependent_part(z):
@@ -255,7 +267,7 @@ class Regression(PyroModule):
 MODELS: dict[str, Callable[[], Case]] = {
     "conjugate_normal": lambda: Case(conjugate_normal, (normals(4),)),
     "poisson_lognormal": lambda: Case(poisson_lognormal, (counts(4),)),
-    "bernoulli_logit": lambda: Case(bernoulli_logit, ((normals(5, 3) > 0).to(torch.get_default_dtype()),)),
+    "bernoulli_logit": lambda: Case(bernoulli_logit, (bits(5, 3),)),
     "student_t": lambda: Case(student_t, (normals(4), normals(4, seed=1).exp())),
     "eight_schools": lambda: Case(eight_schools, tuple(torch.tensor(column) for column in EIGHT_SCHOOLS)),
     **{f"support_{n}": lambda make=make: Case(latents_of(make), (normals(2),)) for n, make in SUPPORTS.items()},

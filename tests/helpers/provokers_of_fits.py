@@ -5,10 +5,25 @@ import contextlib
 import pyro
 import pyro.distributions as dist
 import torch
-from pyro import poutine
-from pyro.distributions import constraints
 
-from helpers.fit_models import branching, gaussian, guide_for, poisson, poisson_counts, subsampled
+from helpers.fit_models import (
+    ANSWERS,
+    SCHOOLS,
+    branching,
+    either_sign,
+    flat,
+    gaussian,
+    guide_for,
+    kinked,
+    nowhere,
+    one_answer,
+    poisson,
+    poisson_counts,
+    schools,
+    subsampled,
+    tails,
+    weighted,
+)
 from helpers.provokers import Z, counts_model
 from laplace_amort import (
     GaussHermite,
@@ -25,42 +40,6 @@ from laplace_amort import (
     observed_information,
 )
 from laplace_amort.testing import check_guide
-
-SCHOOLS = (
-    torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0], dtype=torch.float64),
-    torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0], dtype=torch.float64),
-)
-ANSWERS = torch.tensor([1.0, 1.0, 1.0, 1.0, 0.0], dtype=torch.float64).repeat(20)
-
-
-def schools(z, errors):
-    mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
-    tau = pyro.sample("tau", dist.HalfCauchy(5.0))
-    with pyro.plate("units", 8):
-        y = pyro.sample("y", dist.Normal(mu, tau))
-        pyro.sample("z", dist.Normal(y, errors), obs=z)
-
-
-def nowhere(z):
-    """The conditional density of a unit grows for ever."""
-    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
-    with pyro.plate("units", len(z)):
-        y = pyro.sample("y", dist.ImproperUniform(constraints.real, (), ()))
-        pyro.factor("up", torch.nn.functional.softplus(y + mu))
-
-
-def not_identified(z):
-    a, b = (pyro.sample(name, dist.ImproperUniform(constraints.real, (), ())) for name in "ab")
-    with pyro.plate("units", len(z)):
-        y = pyro.sample("y", dist.Normal(a + 2 * b, 1.0))
-        pyro.sample("z", dist.Normal(y, 1.0), obs=z)
-
-
-def kinked_likelihood(z):
-    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
-    with pyro.plate("units", len(z)):
-        y = pyro.sample("y", dist.Normal(mu, 1.0))
-        pyro.factor("z", -(((y - mu).abs() + 0.1 * z) ** 2))
 
 
 def global_kink(z):
@@ -90,37 +69,6 @@ def frozen(z):
     scale = 1 + 1e-4 * torch.as_tensor(mu.detach().numpy()).sin()
     with pyro.plate("units", len(z)):
         pyro.sample("z", dist.Normal(pyro.sample("y", dist.Normal(mu, scale)), 1.0), obs=z)
-
-
-def either_sign(z):
-    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
-    with pyro.plate("units", len(z)):
-        y = pyro.sample("y", dist.Normal(mu, 1.0))
-        pyro.sample("z", dist.Normal(y**2, 0.5), obs=z)
-
-
-def weighted(z):
-    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
-    tau = pyro.sample("tau", dist.HalfNormal(1.0))
-    with pyro.plate("units", z.shape[-1]):
-        y = pyro.sample("y", dist.Normal(mu, tau))
-        with pyro.plate("counts", 3, dim=-2), poutine.scale(scale=5.0):
-            pyro.sample("z", dist.Poisson(y.exp()), obs=z)
-
-
-def cauchy(z):
-    """Data that say nothing of the global, which has tails without end."""
-    pyro.sample("mu", dist.Cauchy(0.0, 1.0))
-    with pyro.plate("units", len(z)):
-        y = pyro.sample("y", dist.Normal(0.0, 1.0))
-        pyro.sample("z", dist.Normal(y, 1.0), obs=z)
-
-
-def one_answer(z):
-    mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
-    with pyro.plate("units", len(z)):
-        y = pyro.sample("y", dist.Normal(mu, 3.0))
-        pyro.sample("z", dist.Bernoulli(logits=y), obs=z)
 
 
 def answers(z):
@@ -309,7 +257,7 @@ FIT_MESSAGES = {
         global_kink, Z, objective=MarginalLaplace(), optimizer=QuasiNewton()
     ),
     "NO_MAXIMUM: not converged: at the best point the objective is flat or curves upwards": lambda: fitted(
-        not_identified, Z, objective=MarginalQuadrature()
+        flat, Z, objective=MarginalQuadrature()
     ),
     "START_FAILED: not begun: the objective does not exist at the start nor near it": lambda: fitted(nowhere, Z),
     "INTERRUPTED: interrupted: the guide stands at the best point found": interrupted,
@@ -321,10 +269,8 @@ FIT_MESSAGES = {
         frozen, Z
     ),
     "note: the last point without an objective": lambda: fitted(nowhere, Z),
-    "note: flattest is the direction": lambda: fitted(not_identified, Z, objective=MarginalQuadrature()),
-    "note: the curvature of ... changes by ... % within": lambda: fitted(
-        kinked_likelihood, Z, objective=MarginalLaplace()
-    ),
+    "note: flattest is the direction": lambda: fitted(flat, Z, objective=MarginalQuadrature()),
+    "note: the curvature of ... changes by ... % within": lambda: fitted(kinked, Z, objective=MarginalLaplace()),
     "ResumeError: the saved fit went another way than this one": another_fit,
     "ResumeError: the saved fit has ... parameters and units ..., and this guide has others.": other_units,
     "ResumeError: ... was not written by FitResult.save": no_fit_file,
@@ -335,9 +281,9 @@ FIT_MESSAGES = {
         answers, (5 * ANSWERS[:50]).clamp(1, 4)
     ),
     "k-hat, globals: the tail of the importance weights is too heavy, or few draws count": lambda: diagnosed(
-        cauchy, Z, objective=MarginalLaplace()
+        tails, Z, objective=MarginalLaplace()
     ),
-    "k-hat, globals: the Gaussian does not cover the marginal density of the globals": lambda: diagnosed(cauchy, Z),
+    "k-hat, globals: the Gaussian does not cover the marginal density of the globals": lambda: diagnosed(tails, Z),
     "error, globals: against ..., worst of all at": lambda: diagnosed(one_answer, ANSWERS, objective=MarginalLaplace()),
     "error, units: against ..., worst of all at": lambda: diagnosed(one_answer, ANSWERS),
     "skewness, units: worst of all unit": lambda: diagnosed(one_sided, ANSWERS, objective=MarginalLaplace()),

@@ -16,9 +16,18 @@ from pyro import poutine
 from pyro.distributions import constraints
 from pyro.infer.reparam import LocScaleReparam
 from pyro.nn import PyroModule, PyroParam, PyroSample
-from torch import Tensor
 
-from helpers.models import counts, normals
+from helpers.models import (
+    MODELS,
+    Case,
+    bits,
+    correlated,
+    counts,
+    normal,
+    normals,
+    uniforms,
+    units,
+)
 
 
 class UnitCase(NamedTuple):
@@ -33,14 +42,6 @@ class UnitCase(NamedTuple):
     local_sites: tuple[str, ...] = ("y",)
     kwargs: dict[str, Any] = {}  # noqa: RUF012 (read only)
     unit_plate: str = "units"
-
-
-def normal(z, errors=0.5):
-    mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
-    tau = pyro.sample("tau", dist.HalfNormal(1.0))
-    with pyro.plate("units", len(z)):
-        y = pyro.sample("y", dist.Normal(mu, tau))
-        pyro.sample("z", dist.Normal(y, errors), obs=z)
 
 
 def poisson_by_visit(z, unit, num_units):
@@ -75,6 +76,11 @@ def bernoulli_answers(z):
             pyro.sample("z", dist.Bernoulli(logits=y), obs=z)
 
 
+def student_t(z, errors):
+    priors = {"mu": dist.StudentT(3.0, 0.0, 1.0), "tau": dist.HalfCauchy(1.0)}
+    units(z, lambda mu, tau: dist.StudentT(4.0, mu, tau), lambda y: dist.StudentT(5.0, y, errors), **priors)
+
+
 def negative_binomial(*, z, exposure):
     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
     tau = pyro.sample("tau", dist.HalfNormal(1.0))
@@ -82,14 +88,6 @@ def negative_binomial(*, z, exposure):
     with pyro.plate("units", len(z)):
         y = pyro.sample("y", dist.Normal(mu, tau))
         pyro.sample("z", dist.NegativeBinomial(shape, logits=y + exposure.log() - shape.log()), obs=z)
-
-
-def student_t(z, errors):
-    mu = pyro.sample("mu", dist.StudentT(3.0, 0.0, 1.0))
-    tau = pyro.sample("tau", dist.HalfCauchy(1.0))
-    with pyro.plate("units", len(z)):
-        y = pyro.sample("y", dist.StudentT(4.0, mu, tau))
-        pyro.sample("z", dist.StudentT(5.0, y, errors), obs=z)
 
 
 def gamma_rates(z):
@@ -104,30 +102,20 @@ def gamma_rates(z):
 
 def beta_means(z):
     """Local latents in the unit interval."""
-    a = pyro.sample("a", dist.Gamma(4.0, 1.0))
-    b = pyro.sample("b", dist.Gamma(4.0, 1.0))
-    with pyro.plate("units", len(z)):
-        y = pyro.sample("y", dist.Beta(a, b))
-        pyro.sample("z", dist.Beta(6 * y, 6 * (1 - y)), obs=z)
+    priors = {"a": dist.Gamma(4.0, 1.0), "b": dist.Gamma(4.0, 1.0)}
+    units(z, dist.Beta, lambda y: dist.Beta(6 * y, 6 * (1 - y)), **priors)
 
 
 def categorical_probs(z):
     """Simplex latents, of four elements but three dimensions, with a simplex above them."""
-    center = pyro.sample("center", dist.Dirichlet(torch.full((4,), 2.0)))
-    strength = pyro.sample("strength", dist.Gamma(4.0, 0.5))
-    with pyro.plate("units", z.shape[-1], dim=-1):
-        y = pyro.sample("y", dist.Dirichlet(1 + strength.unsqueeze(-1) * center))
-        with pyro.plate("draws", z.shape[-2], dim=-2):
-            pyro.sample("z", dist.Categorical(y), obs=z)
+    priors = {"center": dist.Dirichlet(torch.full((4,), 2.0)), "strength": dist.Gamma(4.0, 0.5)}
+    units(z, lambda c, s: dist.Dirichlet(1 + s.unsqueeze(-1) * c), dist.Categorical, inside="draws", **priors)
 
 
 def categorical_logits(z):
     """Vector-valued latents of three dimensions, one more than are identified."""
-    mu = pyro.sample("mu", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
-    with pyro.plate("units", z.shape[-1], dim=-1):
-        y = pyro.sample("y", dist.Normal(mu, 0.8).to_event(1))
-        with pyro.plate("draws", z.shape[-2], dim=-2):
-            pyro.sample("z", dist.Categorical(logits=y), obs=z)
+    mu = dist.Normal(0.0, 1.0).expand([3]).to_event(1)
+    units(z, lambda mu: dist.Normal(mu, 0.8).to_event(1), lambda y: dist.Categorical(logits=y), inside="draws", mu=mu)
 
 
 def level_and_spread(z):
@@ -175,13 +163,8 @@ def units_inside_a_plate_of_data(z):
             pyro.sample("z", dist.Poisson(wave), obs=z)
 
 
-def correlated(z):
-    mu = pyro.sample("mu", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
-    tau = pyro.sample("tau", dist.HalfNormal(1.0).expand([2]).to_event(1))
-    factor = pyro.sample("factor", dist.LKJCholesky(2, 2.0))
-    with pyro.plate("units", len(z)):
-        y = pyro.sample("y", dist.MultivariateNormal(mu, scale_tril=tau.unsqueeze(-1) * factor))
-        pyro.sample("z", dist.Poisson(y.exp()).to_event(1), obs=z)
+def correlated_counts(z):
+    correlated(z, lambda y: dist.Poisson(y.exp()))
 
 
 def dependent_supports(z):
@@ -256,7 +239,7 @@ def with_factors(z):
         pyro.factor("penalty", -((cube - z) ** 2) / 4)
 
 
-def without_globals(z):
+def counts_alone(z):
     with pyro.plate("units", len(z)):
         y = pyro.sample("y", dist.Normal(0.0, 1.0))
         pyro.sample("z", dist.Poisson(y.exp()), obs=z)
@@ -277,13 +260,86 @@ class Effects(PyroModule):
             pyro.sample("z", dist.Normal(y, noise), obs=z)
 
 
-def uniforms(*shape: int, seed: int = 0) -> Tensor:
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
+# ------------------------------------------------------- for the guide, some of them subsampled
 
 
-def bits(*shape: int, seed: int = 0) -> Tensor:
-    return (normals(*shape, seed=seed) > 0).to(torch.get_default_dtype())
+def constrained(z):
+    """Constrained sites on either side, and two local ones."""
+    rate = pyro.sample("rate", dist.Gamma(4.0, 2.0))
+    share = pyro.sample("share", dist.Beta(3.0, 2.0))
+    with pyro.plate("units", len(z)):
+        size = pyro.sample("size", dist.Gamma(3.0, rate))
+        part = pyro.sample("part", dist.Beta(1.0 + 3.0 * share, 2.0))
+        pyro.sample("z", dist.Poisson(4.0 * size * part), obs=z)
 
+
+def tempered_twice(z, factor=0.5):
+    """A tempered likelihood, and a prior that counts twice."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("units", len(z)):
+        with poutine.scale(scale=2.0):
+            y = pyro.sample("y", dist.LogNormal(mu, 0.7))
+        with poutine.scale(scale=factor):
+            pyro.sample("z", dist.Poisson(y), obs=z)
+
+
+def masked_units(z, mask):
+    """Units without data."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("units", len(z)):
+        y = pyro.sample("y", dist.LogNormal(mu, 0.7))
+        with poutine.mask(mask=mask):
+            pyro.sample("z", dist.Poisson(y), obs=z)
+
+
+def vectors(z, size=None):
+    """Vector-valued sites on both sides, the unit plate at dim -2 with another one inside, subsampled."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+    with pyro.plate("units", len(z), subsample_size=size, dim=-2) as indices:
+        y = pyro.sample("y", dist.Normal(mu, 0.7).to_event(1))
+        with pyro.plate("items", z.shape[-1], dim=-1):
+            x = pyro.sample("x", dist.Normal(y.sum(-1), 0.5))
+            pyro.sample("z", dist.Poisson(x.exp()), obs=z[indices])
+
+
+def without_globals(z):
+    """Locals and a parameter of the model only."""
+    loc = pyro.param("loc", torch.tensor(0.3))
+    scale = pyro.param("scale", torch.tensor(0.8), constraint=constraints.positive)
+    with pyro.plate("units", len(z)):
+        y = pyro.sample("y", dist.Normal(loc, scale))
+        pyro.sample("z", dist.Poisson(y.exp()), obs=z)
+
+
+def with_parameter(z):
+    """Globals, locals, and a parameter of the model."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    noise = pyro.param("noise", torch.tensor(0.5), constraint=constraints.positive)
+    with pyro.plate("units", len(z)):
+        y = pyro.sample("y", dist.Normal(mu, 0.7))
+        pyro.sample("z", dist.StudentT(5.0, y, noise), obs=z)
+
+
+def lonely_global(z):
+    """A global that no unit hangs on."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    bias = pyro.sample("bias", dist.Gamma(2.0, 1.0))
+    pyro.sample("reading", dist.Poisson(bias), obs=torch.tensor(3.0))
+    with pyro.plate("units", len(z)):
+        y = pyro.sample("y", dist.Normal(mu, 0.7))
+        pyro.sample("z", dist.Poisson(y.exp()), obs=z)
+
+
+def batches(z, size=None, subsample=None):
+    """Two globals and one local; subsampled on demand."""
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    tau = pyro.sample("tau", dist.LogNormal(-0.5, 0.3))
+    with pyro.plate("units", len(z), subsample_size=size, subsample=subsample) as indices:
+        y = pyro.sample("y", dist.Normal(mu, tau))
+        pyro.sample("z", dist.Poisson(y.exp()), obs=z[indices])
+
+
+# ------------------------------------------------------------------------------------------------------- tables
 
 VISITS = torch.tensor([0, 3, 0, 1, 0, 3, 4])  # of five units; unit 2 has none
 
@@ -310,7 +366,7 @@ UNIT_MODELS: dict[str, Callable[[], UnitCase]] = {
     "units_inside_a_plate_of_data": lambda: UnitCase(
         units_inside_a_plate_of_data, (counts(2, 3),), 1, 3, 3, ("mu",), ("level", "wave")
     ),
-    "correlated": lambda: UnitCase(correlated, (counts(4, 2),), 5, 4, 2, ("mu", "tau", "factor")),
+    "correlated": lambda: UnitCase(correlated_counts, (counts(4, 2),), 5, 4, 2, ("mu", "tau", "factor")),
     "dependent_supports": lambda: UnitCase(dependent_supports, (2 + normals(3) / 2,), 2, 3, 1, ("high", "low")),
     "interval_units": lambda: UnitCase(interval_units, (1 + normals(3),), 1, 3, 2, ("mu",), ("bounded", "flat")),
     "crossed_items": lambda: UnitCase(crossed_items, (bits(2, 4),), 3, 4, 1, ("mu", "difficulty")),
@@ -318,7 +374,7 @@ UNIT_MODELS: dict[str, Callable[[], UnitCase]] = {
     "missing": lambda: UnitCase(missing, (counts(4, 3), torch.arange(12).reshape(4, 3) < 8), 1, 4, 1, ("mu",)),
     "tempered": lambda: UnitCase(tempered, (0.1 + uniforms(4), 0.5), 2, 4, 1),
     "with_factors": lambda: UnitCase(with_factors, (1 + normals(4),), 1, 4, 1, ("mu",)),
-    "without_globals": lambda: UnitCase(without_globals, (counts(3),), 0, 3, 1, ()),
+    "without_globals": lambda: UnitCase(counts_alone, (counts(3),), 0, 3, 1, ()),
     "module": lambda: UnitCase(Effects(), (normals(4),), 1, 4, 1, ("mu",)),
     "non_centered": lambda: UnitCase(
         poutine.reparam(normal, {"y": LocScaleReparam(0.3, shape_params=())}),
@@ -328,4 +384,20 @@ UNIT_MODELS: dict[str, Callable[[], UnitCase]] = {
     "one_unit": lambda: UnitCase(
         poutine.condition(normal, {"mu": torch.tensor(0.3)}), (normals(1),), 1, 1, 1, ("tau",)
     ),
+}
+
+FAMILY_MODELS: dict[str, Callable[[], Case]] = {
+    "poisson": lambda: Case(batches, (counts(5),)),
+    "constrained": lambda: Case(constrained, (counts(4),)),
+    "weighted": lambda: Case(tempered_twice, (counts(4),)),
+    "masked": lambda: Case(masked_units, (counts(4), torch.arange(4) < 3)),
+    "vectors": lambda: Case(vectors, (counts(3, 2),)),
+    "vectors, subsampled": lambda: Case(vectors, (counts(5, 2), 3)),
+    "without globals": lambda: Case(without_globals, (counts(4),)),
+    "with parameter": lambda: Case(with_parameter, (normals(4),)),
+    "lonely global": lambda: Case(lonely_global, (counts(4),)),
+    "one unit": lambda: Case(batches, (counts(1),)),
+    "subsampled": lambda: Case(batches, (counts(5), 2)),
+    "given indices": lambda: Case(batches, (counts(5),), {"subsample": torch.tensor([4, 0, 3])}),
+    **{name: MODELS[name] for name in ("indexed_observations", "dependent_support", "correlated", "nested_plates")},
 }

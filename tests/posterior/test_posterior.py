@@ -8,14 +8,13 @@ import math
 
 import numpy
 import pyro
-import pyro.distributions as dist
 import pytest
 import scipy.integrate
 import scipy.stats
 import torch
 from helpers.fit_models import evidence, gaussian, guide_for, poisson, poisson_counts
 from helpers.posteriors import LIMIT, assert_moments_of_draws, brute_force, fitted, joined, posterior_of
-from helpers.unit_models import UNIT_MODELS
+from helpers.unit_models import UNIT_MODELS, counts_alone
 
 from laplace_amort import (
     FixedDrawELBO,
@@ -167,12 +166,6 @@ def test_supports_that_depend_on_other_latents():
         trace = pyro.poutine.trace(pyro.poutine.condition(case.model, values)).get_trace(*case.args)
         for name, value in values.items():
             assert trace.nodes[name]["fn"].support.check(value).all()
-
-
-def counts_alone(z):
-    with pyro.plate("units", len(z)):
-        y = pyro.sample("y", dist.Normal(0.0, 1.0))
-        pyro.sample("z", dist.Poisson(y.exp()), obs=z)
 
 
 def test_no_globals():

@@ -6,8 +6,10 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from helpers.family_models import FAMILY_MODELS, closed_form, poisson
+from helpers.guides import closed_form
 from helpers.models import conjugate_normal, counts, normals
+from helpers.unit_models import FAMILY_MODELS
+from helpers.unit_models import batches as poisson
 from pyro.infer import Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide.initialization import init_to_value
 
