@@ -115,6 +115,11 @@ strict = True
 cache_dir = cache
 [mypy-laplace_amort.*]
 follow_imports = silent
+# What torch imports of itself and no user's type comes from: half of the time.
+[mypy-torch._inductor.*,torch._dynamo.*,torch._functorch.*,torch._higher_order_ops.*,torch._export.*,torch.ao.*]
+follow_imports = skip
+[mypy-torch.distributed.*,torch.fx.*,torch.onnx.*]
+follow_imports = skip
 """
 
 

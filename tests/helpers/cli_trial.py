@@ -106,9 +106,11 @@ import os
 import signal
 import pyro
 import pyro.distributions as dist
-from helpers.models import model
+from models import model
 
 calls = []
+# A process that a shell started in the background ignores Ctrl-C, and so would this one, its child.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def interrupting(clinic, arm, healed, total):
