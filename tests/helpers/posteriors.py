@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy
@@ -21,8 +22,9 @@ def posterior_of(model, *args, objective=MarginalLaplace(), **kwargs):  # noqa: 
     return fit(model, guide_for(model), *args, objective=objective, **kwargs).posterior
 
 
+@functools.cache
 def fitted(name, seed=0):
-    """By the marginal density, and models that it refuses by the ELBO."""
+    """By the marginal density, and models that it refuses by the ELBO; tests share a fit, and none changes it."""
     case = UNIT_MODELS[name]()
     guide = guide_for(case.model, unit_plate=case.unit_plate)
     parameters = guide.unit_model(*case.args, **case.kwargs).density.parameters()
