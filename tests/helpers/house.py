@@ -65,16 +65,6 @@ class Package:
                 return list(ast.literal_eval(node.value))
         return []
 
-    def arrows(self) -> dict[tuple[str, str], int]:
-        """How many names each room imports from each other one."""
-        count: dict[tuple[str, str], int] = {}
-        for name in self.trees:
-            for found in self.own_imports(name):
-                arrow = room_of(name), room_of(self.module_of(found))
-                if arrow[0] != arrow[1]:
-                    count[arrow] = count.get(arrow, 0) + 1
-        return count
-
     def cycles(self) -> Iterator[str]:
         """Circles of files that import each other: each file with the line where it imports the next."""
         done: set[str] = set()
