@@ -1,7 +1,5 @@
 """The smallest code that provokes each message of docs/troubleshooting.rst: fits, diagnoses and checks of guides."""
 
-import contextlib
-
 import pyro
 import pyro.distributions as dist
 import torch
@@ -24,6 +22,7 @@ from helpers.fit_models import (
     tails,
     weighted,
 )
+from helpers.planted_guides import make_guide, model
 from helpers.provokers import Z, counts_model
 from laplace_amort import (
     GaussHermite,
@@ -31,11 +30,9 @@ from laplace_amort import (
     MarginalLaplace,
     MarginalQuadrature,
     QuasiNewton,
-    SoftAbs,
     Stochastic,
     TrustRegion,
     diagnose,
-    dual_path_param,
     fit,
     observed_information,
 )
@@ -143,40 +140,6 @@ def no_posterior():
 
 def another_model():
     fit(gaussian, guide_for(counts_model), Z)
-
-
-def mode(theta, z):
-    return 0.5 * theta[0] + 0.3 * torch.log1p(z) * theta[1].exp()
-
-
-def guide_with(bug):
-    """A hand-written guide of :func:`checked_model` with one mistake."""
-
-    def guide(z):
-        log_joint = LogJoint(checked_model, z)
-        theta = dual_path_param("theta_hat", torch.tensor([0.3, -0.2], dtype=z.dtype))
-        y_hat = mode(theta.curvature if bug == "leak" else theta.mean, z)
-        y_hat = y_hat.detach() if bug == "detached" else y_hat
-        information = observed_information(log_joint, theta.curvature, y_hat) * (2 if bug == "scale" else 1)
-        precision, _ = SoftAbs()(information)
-        normal = dist.MultivariateNormal(torch.cat([theta.mean, y_hat]), precision_matrix=precision)
-        joint = pyro.sample("joint", normal, infer={"is_auxiliary": True})
-        if bug != "Jacobian":
-            log_joint.sample_sites(joint)
-            return
-        for name, value in log_joint.constrain(joint).items():
-            with pyro.plate("units", len(z)) if name == "y" else contextlib.nullcontext():
-                pyro.sample(name, dist.Delta(value))
-
-    return guide
-
-
-def checked_model(z):
-    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
-    tau = pyro.sample("tau", dist.LogNormal(0.0, 0.5))
-    with pyro.plate("units", len(z)):
-        y = pyro.sample("y", dist.Normal(mu, tau))
-        pyro.sample("z", dist.Poisson(y.exp()), obs=z)
 
 
 def one_latent():
@@ -292,10 +255,10 @@ FIT_MESSAGES = {
     "simulated scores: ... data sets drawn from the model do not agree with its marginal density": lambda: diagnosed(
         weighted, poisson_counts().double(), objective=MarginalLaplace(), simulations=25
     ),
-    "GuideCheckError: ... path leak at": lambda: checked(guide_with("leak"), checked_model, Z),
-    "GuideCheckError: ... partial Hessian at": lambda: checked(guide_with("scale"), checked_model, Z),
-    "GuideCheckError: ... log density at": lambda: checked(guide_with("Jacobian"), checked_model, Z),
-    "GuideCheckError: ... ELBO gradient at": lambda: checked(guide_with("detached"), checked_model, Z),
+    "GuideCheckError: ... path leak at": lambda: checked(make_guide("leak"), model, Z),
+    "GuideCheckError: ... partial Hessian at": lambda: checked(make_guide("scale once too often"), model, Z),
+    "GuideCheckError: ... log density at": lambda: checked(make_guide("missing Jacobian in the density"), model, Z),
+    "GuideCheckError: ... ELBO gradient at": lambda: checked(make_guide("detached mode"), model, Z),
     "GuideCheckError: ... Finite differences cannot decide": lambda: checked(kink_guide, kink_model),
     "GuideCheckError: the guide draws no continuous site": lambda: checked(drawing(dist.Delta)),
     "GuideCheckError: site '...' of the guide (...) is not reparameterized": lambda: checked(
