@@ -12,11 +12,13 @@ import textwrap
 from collections.abc import Iterator
 from html import escape
 from pathlib import Path
+from typing import NamedTuple
 
 DOCS = Path(__file__).parent
 PACKAGE = DOCS.parent / "laplace_amort"
 PUBLIC = PACKAGE.name  # the package's own __init__, which hands names on: the front door
 GROUND = ["errors", "types"]  # all stand on it, so that arrows to it say nothing
+_GROUND = " and ".join(GROUND)
 
 # From the roof down: what a floor is called, its color, and its rooms in an order in which arrows point down.
 FLOORS = [
@@ -25,13 +27,20 @@ FLOORS = [
     ("the family", "#4d7a52", ["guide"]),
     ("Pyro comes in", "#3c7a89", ["model"]),
     ("tensors alone", "#3f5d8c", ["units", "autodiff", "linalg"]),
-    ("ground", "#5c5f66", ["errors and types"]),
+    ("ground", "#5c5f66", [_GROUND]),
 ]
 
 # Sizes of the drawing: rooms step to the right on their way down, and a line of each goes down at its left.
 _LEFT, _TOP, _STEP, _ROW, _GAP = 122, 18, 45, 44, 14
 _WIDTH, _HEIGHT, _CORNER, _TEXT, _MARGIN = 116, 32, 9, 48, 312
 
+_INK = "#33363b"
+_STYLE = (
+    "text{font-family:Helvetica,Arial,sans-serif;font-size:13px}"
+    ".name{font-weight:bold;font-size:14px;fill:#fff;text-anchor:middle}"
+    ".says{font-size:12px}.title{font-style:italic}.floor{fill-opacity:.09}"
+    ".arrow{fill:none;stroke-width:1.7}.upward{fill:none;stroke:#d00;stroke-width:3}"
+)
 _LEGEND = "Follow the line down from a room: where it turns off, there it imports from."
 
 
@@ -89,50 +98,75 @@ def rooms(package: Path) -> dict[str, str]:
     return {room: sentence(package / ("" if room == PUBLIC else room) / "__init__.py") for room in placed}
 
 
+class _Place(NamedTuple):
+    """Where a room is drawn: the left edge of its box, the top of its row, and the color of its floor."""
+
+    x: float
+    top: float
+    color: str
+
+    @property
+    def middle(self) -> float:
+        return self.top + _ROW / 2
+
+    @property
+    def line(self) -> float:
+        """Where the line goes down from the room."""
+        return self.x + _STEP / 2 - 4
+
+
+def _layout() -> tuple[dict[str, _Place], list[tuple[float, float]]]:
+    """Each room a step down and to the right of the one before, the ground as broad as the house; and the floors."""
+    places: dict[str, _Place] = {}
+    floors: list[tuple[float, float]] = []
+    y = float(_TOP)
+    for _, color, names in FLOORS:
+        floors.append((y, _ROW * len(names) + _GAP))
+        for at, room in enumerate(names):
+            x = _LEFT + _STEP * len(places) if names != FLOORS[-1][2] else _LEFT
+            places[room] = _Place(x, y + _GAP / 2 + _ROW * at, color)
+        y += floors[-1][1]
+    return places, floors
+
+
 def drawing(package: Path) -> str:
     """Return the rooms as SVG: a line goes down from each and turns off into every room that it imports from."""
-    names = rooms(package)
-    order, places, parts, y = [*names, *GROUND], {}, [], _TOP
-    for title, color, floor in FLOORS:
-        height = _ROW * len(floor) + _GAP
-        parts.append(f'<rect class="floor" x="0" y="{y}" width="{_width()}" height="{height}" fill="{color}"/>')
-        parts += _lines(title, 14, y + height / 2, "title", color, 15)
-        for room in floor:
-            at = len(places)
-            places[room] = (_LEFT + _STEP * at, y + _GAP / 2 + _ROW * len([r for r in floor if r in places]), color)
-        y += height
-    ground = _LEFT, places.pop("errors and types")[1], FLOORS[-1][1]
-    between = sorted(arrows(package), key=lambda pair: (order.index(pair[0]), -order.index(pair[1])))
+    says, (places, floors) = rooms(package), _layout()
+    parts = []
+    for (title, color, _), (top, height) in zip(FLOORS, floors, strict=True):
+        parts.append(f'<rect class="floor" y="{top}" width="{_width()}" height="{height}" fill="{color}"/>')
+        parts += _lines(title, 14, top + height / 2, "title", color, 15)
     # The front door hands names on; that it imports from every room below would only hide who needs whom.
-    parts += [_arrow(places, *pair) for pair in between if pair[0] != PUBLIC and pair[1] not in GROUND]
-    for room, (x, top, color) in places.items():
-        parts.append(_box(room, x, top + (_ROW - _HEIGHT) / 2, _WIDTH, color))
-        parts += _lines(names[room], x + _WIDTH + 12, top + _ROW / 2, "says", "#33363b", _TEXT)
-    x, top, color = ground
-    parts.append(_box(" and ".join(GROUND), x, top + (_ROW - _HEIGHT) / 2, _width() - x - 14, color))
-    parts += _lines(_LEGEND, _width() - _MARGIN, _TOP + _ROW, "says", "#33363b", _TEXT)
-    style = (
-        "text{font-family:Helvetica,Arial,sans-serif;font-size:13px}"
-        ".name{font-weight:bold;font-size:14px;fill:#fff;text-anchor:middle}"
-        ".says{font-size:12px}.title{font-style:italic}.floor{fill-opacity:.09}"
-        ".arrow{fill:none;stroke-width:1.7}.upward{fill:none;stroke:#d00;stroke-width:3}"
-    )
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_width()} {y + _TOP}" role="img">'
+    pairs = (pair for pair in arrows(package) if pair[0] != PUBLIC and pair[1] not in GROUND)
+    between = [(places.get(room, places[_GROUND]), places[other]) for room, other in pairs]
+    parts += [_arrow(*pair) for pair in sorted(between)]  # those nearest to where they lead on top
+    for room, place in places.items():
+        width = _width() - _LEFT - 14 if room == _GROUND else _WIDTH
+        parts += _box(room, place, width)
+        parts += _lines(says.get(room, ""), place.x + _WIDTH + 12, place.middle, "says", _INK, _TEXT)
+    parts += _lines(_LEGEND, _width() - _MARGIN, _TOP + _ROW, "says", _INK, _TEXT)
+    height = sum(floors[-1]) + _TOP
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_width()} {height}" role="img">'
     title = "<title>The rooms of laplace_amort, and who imports whom</title>"
-    white = f'<rect width="{_width()}" height="{y + _TOP}" fill="#fff"/>'
-    return "\n".join([head, title, f"<style>{style}</style>", white, *parts, "</svg>"]) + "\n"
+    white = '<rect width="100%" height="100%" fill="#fff"/>'
+    return "\n".join([head, title, f"<style>{_STYLE}</style>", white, *parts, "</svg>\n"])
 
 
 def _width() -> int:
-    return _LEFT + _STEP * (sum(len(floor) for *_, floor in FLOORS) - 2) + _WIDTH + _MARGIN
+    steps = sum(len(names) for *_, names in FLOORS) - 2  # the ground takes none
+    return _LEFT + _STEP * steps + _WIDTH + _MARGIN
 
 
-def _box(name: str, x: float, y: float, width: float, color: str) -> str:
-    box = f'<rect x="{x}" y="{y}" width="{width}" height="{_HEIGHT}" rx="5" fill="{color}"/>'
-    return f'{box}<text class="name" x="{x + width / 2}" y="{y + _HEIGHT / 2 + 5}">{escape(name)}</text>'
+def _box(name: str, place: _Place, width: float) -> list[str]:
+    top = place.middle - _HEIGHT / 2
+    return [
+        f'<rect x="{place.x}" y="{top}" width="{width}" height="{_HEIGHT}" rx="5" fill="{place.color}"/>',
+        f'<text class="name" x="{place.x + width / 2}" y="{place.middle + 5}">{escape(name)}</text>',
+    ]
 
 
 def _lines(text: str, x: float, middle: float, kind: str, color: str, width: int) -> list[str]:
+    """Text in lines of so many characters, around the middle."""
     lines = textwrap.wrap(text, width)
     first = middle + 4.5 - 7.5 * (len(lines) - 1)
     return [
@@ -141,16 +175,14 @@ def _lines(text: str, x: float, middle: float, kind: str, color: str, width: int
     ]
 
 
-def _arrow(places: dict[str, tuple[float, float, str]], room: str, other: str) -> str:
+def _arrow(room: _Place, other: _Place) -> str:
     """A line down from one room, round a corner and into another; an upward one, which must not be, is red."""
-    (x, top, color), (end, below, _) = places.get(room, (_LEFT, 1e4, "")), places[other]
-    x, start, middle = x + _STEP / 2 - 4, top + (_ROW + _HEIGHT) / 2, below + _ROW / 2
-    if below <= top:
-        return f'<path class="upward" d="M{x} {top} L{end + _WIDTH} {middle}"/>'
-    corner, tip = f"V{middle - _CORNER} Q{x} {middle} {x + _CORNER} {middle}", end - 1
-    head = f"M{tip - 7} {middle - 4} L{tip} {middle} L{tip - 7} {middle + 4} Z"
-    line = f'<path class="arrow" stroke="{color}" d="M{x} {start} {corner} H{tip - 6}"/>'
-    return f'{line}<path fill="{color}" d="{head}"/>'
+    if other.top <= room.top:
+        return f'<path class="upward" d="M{room.line} {room.middle} L{other.x + _WIDTH} {other.middle}"/>'
+    x, y, tip = room.line, other.middle, other.x - 1
+    corner = f"V{y - _CORNER} Q{x} {y} {x + _CORNER} {y}"
+    line = f'<path class="arrow" stroke="{room.color}" d="M{x} {room.middle + _HEIGHT / 2} {corner} H{tip - 6}"/>'
+    return f'{line}<path fill="{room.color}" d="M{tip - 7} {y - 4} L{tip} {y} L{tip - 7} {y + 4} Z"/>'
 
 
 def rules(package: Path) -> str:
