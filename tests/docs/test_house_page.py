@@ -25,10 +25,14 @@ def package(house, tmp_path):
     return shutil.copytree(house.PACKAGE, tmp_path / house.PACKAGE.name, ignore=others)
 
 
-@pytest.fixture(scope="module")
-def arrows(house):
-    """The arrows that there are."""
-    return house.arrows(house.PACKAGE)
+@pytest.fixture
+def empty(house, tmp_path):
+    """A package with the rooms, and nothing in them."""
+    for room in [*house.rooms(house.PACKAGE), "fitting/objectives"]:
+        inside = tmp_path / house.PUBLIC / ("" if room == house.PUBLIC else room)
+        inside.mkdir(parents=True, exist_ok=True)
+        (inside / "__init__.py").touch()
+    return tmp_path / house.PUBLIC
 
 
 def test_the_page_is_what_the_script_makes_now(house):
@@ -66,11 +70,12 @@ def test_every_room_is_drawn_and_listed(house):
         ("__init__.py", "from .cli.main import main", ("laplace_amort", "cli")),
     ],
 )
-def test_a_planted_import_is_an_arrow(house, package, arrows, path, planted, arrow):
-    assert arrow not in arrows
-    with (package / path).open("a", encoding="utf-8") as file:
-        file.write(f"\n{planted}\n")
-    assert house.arrows(package) == arrows | {arrow}
+def test_a_planted_import_is_an_arrow(house, empty, path, planted, arrow):
+    for ground in house.GROUND:
+        (empty / f"{ground}.py").touch()
+    assert house.arrows(empty) == set()
+    (empty / path).write_text(planted, encoding="utf-8")
+    assert house.arrows(empty) == {arrow}
 
 
 def test_a_planted_arrow_changes_the_page(house, package):
