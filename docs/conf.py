@@ -39,15 +39,15 @@ nitpick_ignore_regex = [
     ("py:.*", r"(torch|fx|pyro|numpy|scipy|matplotlib|arviz|xarray|pandas)\..*"),
     ("py:.*", r"(collections|pathlib|typing|enum|functools)\..*"),
     ("py:.*", r"(Any|Callable|Iterable|Iterator|Mapping|Sequence|Path|Tensor|ELBO|NDArray|ndarray|Figure|tqdm)"),
-    ("py:class", r"(laplace_amort\.\w+\.)?(Bound(ELBO|Nested|Units|Marginal)|StochasticState|Journal|UnitIntegrals)"),
-    (
-        "py:class",
-        r"(laplace_amort\.\w+\.)?(SubsampledPlate|ObservedSite|Drawn|FirstDerivatives|Self|Vector|Space|Value)",
-    ),
+    ("py:class", r"(laplace_amort\.[\w.]+\.)?((ELBO|Nested|Quadrature|Laplace)Function|WalkState)"),
+    ("py:.*", r"(laplace_amort\.[\w.]+\.)?Journal(\.\w+)?"),
+    ("py:class", r"(laplace_amort\.[\w.]+\.)?(SubsampledPlate|ObservedSite|Drawn|PosteriorDraws|UnitIntegrals|Gradients)"),
+    ("py:class", r"(laplace_amort\.[\w.]+\.)?(FirstDerivatives|Self|Vector|Space|Value)"),
 ]
 
 
 PUBLIC = {name: f"{room.__name__}.{name}" for room in (plots, routes, testing, laplace_amort) for name in room.__all__}
+PUBLIC["routes"] = routes.__name__
 
 
 class LinkFiles(SphinxTransform):
@@ -112,7 +112,8 @@ def find_by_last_part(app: Sphinx, env: Any, node: addnodes.pending_xref, text: 
         return None
     domain, found = env.domains["py"], []
     if not re.match(r"laplace_amort\.\w+$", node["reftarget"]):  # the public names themselves must be documented
-        found = domain.find_obj(env, None, None, ours[1], None, 1)
+        matches = domain.find_obj(env, None, None, ours[1], None, 1)
+        found = [match for match in matches if not match[1].aliased]  # not by the file as well as by the room
     if len(found) != 1:
         return None
     place = (env, node["refdoc"], app.builder, "obj", found[0][0])

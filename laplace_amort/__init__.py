@@ -1,5 +1,16 @@
 """The amortized Laplace family for Pyro: guides whose only parameter is where they stand."""
 
+# isort: off
+# What most need: a fit, whether to believe it, and the pieces of a guide written by hand.
+from laplace_amort.autodiff import observed_information
+from laplace_amort.diagnostics import diagnose
+from laplace_amort.fitting import FixedDrawELBO, Ladder, MarginalLaplace, Stochastic, fit
+from laplace_amort.guide import AutoLaplaceFamily, dual_path_param
+from laplace_amort.linalg import SoftAbs
+from laplace_amort.model import LogJoint
+from laplace_amort.posterior import NewUnits
+
+# The rest, room by room.
 from laplace_amort.autodiff import (
     ArrowheadBlocks,
     DualPath,
@@ -8,17 +19,16 @@ from laplace_amort.autodiff import (
     check_paths,
     check_structure,
     dual_path,
-    observed_information,
     subsample_information,
 )
-from laplace_amort.diagnostics import Diagnosis, Finding, Level, diagnose
+from laplace_amort.diagnostics import Diagnosis, Finding, Level
 from laplace_amort.errors import (
     GuideCheckError,
     InformationError,
     LaplaceAmortError,
-    ModelError,
     ModeNotFoundError,
     ModeWarning,
+    ModelError,
     NotPositiveDefiniteError,
     PathError,
     PathLeakError,
@@ -30,37 +40,39 @@ from laplace_amort.errors import (
 from laplace_amort.fitting import (
     FitResult,
     FitStatus,
-    FixedDrawELBO,
-    Ladder,
-    MarginalLaplace,
     MarginalQuadrature,
     NestedELBO,
     Optimum,
     QuasiNewton,
     Step,
-    Stochastic,
     TrustRegion,
-    fit,
 )
-from laplace_amort.guide import AutoLaplaceFamily, JointCurvature, LaplaceGaussian, MarginalCurvature, dual_path_param
-from laplace_amort.linalg import Arrowhead, Boost, ModifiedCholesky, NoRepair, RepairReport, SoftAbs
-from laplace_amort.model import LogJoint, UnitLayout
-from laplace_amort.posterior import (
-    ConditionalLikelihood,
-    ConditionedUnits,
-    MarginalLikelihood,
-    NewUnits,
-    Posterior,
-    SeenUnits,
-)
+from laplace_amort.guide import JointCurvature, LaplaceGaussian, MarginalCurvature, routes
+from laplace_amort.linalg import Arrowhead, Boost, ModifiedCholesky, NoRepair, RepairReport
+from laplace_amort.model import UnitLayout
+from laplace_amort.posterior import ConditionalLikelihood, ConditionedUnits, MarginalLikelihood, Posterior, SeenUnits
 from laplace_amort.units import ClosedFormMode, FreeMode, GaussHermite, NewtonMode, StudentPoints
+
+# isort: on
 
 __version__ = "0.1.0"
 
-__all__ = [
+__all__ = [  # noqa: RUF022
+    "AutoLaplaceFamily",
+    "FixedDrawELBO",
+    "Ladder",
+    "LogJoint",
+    "MarginalLaplace",
+    "NewUnits",
+    "SoftAbs",
+    "Stochastic",
+    "diagnose",
+    "dual_path_param",
+    "fit",
+    "observed_information",
+    # The rest.
     "Arrowhead",
     "ArrowheadBlocks",
-    "AutoLaplaceFamily",
     "Boost",
     "ClosedFormMode",
     "ConditionalLikelihood",
@@ -71,19 +83,15 @@ __all__ = [
     "Finding",
     "FitResult",
     "FitStatus",
-    "FixedDrawELBO",
     "FreeMode",
     "GaussHermite",
     "GuideCheckError",
     "InformationError",
     "JointCurvature",
-    "Ladder",
     "LaplaceAmortError",
     "LaplaceGaussian",
     "Level",
-    "LogJoint",
     "MarginalCurvature",
-    "MarginalLaplace",
     "MarginalLikelihood",
     "MarginalQuadrature",
     "ModeNotFoundError",
@@ -91,7 +99,6 @@ __all__ = [
     "ModelError",
     "ModifiedCholesky",
     "NestedELBO",
-    "NewUnits",
     "NewtonMode",
     "NoRepair",
     "NotPositiveDefiniteError",
@@ -105,9 +112,7 @@ __all__ = [
     "RepairReport",
     "ResumeError",
     "SeenUnits",
-    "SoftAbs",
     "Step",
-    "Stochastic",
     "StructureError",
     "StudentPoints",
     "TrustRegion",
@@ -115,10 +120,7 @@ __all__ = [
     "arrowhead_information",
     "check_paths",
     "check_structure",
-    "diagnose",
     "dual_path",
-    "dual_path_param",
-    "fit",
-    "observed_information",
+    "routes",
     "subsample_information",
 ]

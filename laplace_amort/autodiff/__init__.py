@@ -1,4 +1,4 @@
-"""Functions of globals and units, and their derivatives: two paths of one parameter, information, recordings."""
+"""Functions of globals and units, and their derivatives: two paths, information, recordings."""
 
 from laplace_amort.autodiff.batching import Gradients, SeparableDensity, values_and_gradients
 from laplace_amort.autodiff.derivatives import differentiate, refuse_without_autograd, reverse_passes

@@ -1,4 +1,4 @@
-"""Whether to believe it: a diagnosis of a fit, in one table."""
+"""Whether to believe a fit: one table with a verdict."""
 
 from laplace_amort.diagnostics.diagnose import diagnose, unit_tails
 from laplace_amort.diagnostics.findings import Diagnosis, Finding, Level, UnitTails

@@ -1,1 +1,1 @@
-"""Worked examples: real data, a plain Pyro model, and guides of the amortized Laplace family written by hand."""
+"""Worked examples: real data, plain Pyro models, and guides written by hand."""

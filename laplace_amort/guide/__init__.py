@@ -1,5 +1,6 @@
-"""The amortized Laplace family: a Gaussian with one parameter, and a guide at given data as a problem."""
+"""The amortized Laplace family: a Gaussian with one parameter, and a guide at given data."""
 
+from laplace_amort.guide import routes
 from laplace_amort.guide.auto import AutoLaplaceFamily
 from laplace_amort.guide.gaussian import LaplaceGaussian, is_elementwise
 from laplace_amort.guide.heads import Head, JointCurvature, KnownCurvature, MarginalCurvature
@@ -16,6 +17,7 @@ __all__ = [
     "Problem",
     "dual_path_param",
     "is_elementwise",
+    "routes",
     "set_vector",
     "to_vector",
 ]

@@ -1,4 +1,4 @@
-"""Matrices: many small blocks, the precision of globals and many units, and repairs of what is indefinite."""
+"""Matrices: many small blocks, the precision of globals and units, and repairs."""
 
 from laplace_amort.linalg import blocks
 from laplace_amort.linalg.arrowhead import Arrowhead

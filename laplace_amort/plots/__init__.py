@@ -1,8 +1,4 @@
-"""Figures of a fit, of its posterior, and of what to believe of it. Matplotlib is imported when one is drawn.
-
-Each takes what :func:`laplace_amort.fit` returned and returns a ``matplotlib.figure.Figure``, which belongs to no
-window and to no ``pyplot`` state: in a notebook it shows itself, and :func:`save_figure` writes it to a file.
-"""
+"""Figures of a fit, of its posterior, and of what to believe of it."""
 
 from laplace_amort.examples.demo_figure import demo_figure
 from laplace_amort.plots.fit import arrowhead_figure, history_figure

@@ -122,7 +122,7 @@ def laplace_marginal(log_joint: Density, global_: Tensor, local: Tensor, weight:
     :param Tensor local: the modes of the units there, ``(N, k)``.
     :param float weight: :math:`w`.
     :raises NotPositiveDefiniteError: if a tail is not: that unit is not at a mode.
-    :raises InformationError: as :func:`~laplace_amort.autodiff.structure`.
+    :raises InformationError: as :func:`~laplace_amort.arrowhead_information`.
 
     Example: :math:`y \sim N(\theta, 1)` and :math:`z \sim N(y, 1)`, so that :math:`z \sim N(\theta, \sqrt 2)`::
 

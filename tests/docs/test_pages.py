@@ -3,6 +3,7 @@
 import ast
 import re
 import sys
+from types import ModuleType
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ def test_page_runs_from_top_to_bottom(page, tmp_path, monkeypatch):
 
 
 def test_pages_that_run_elsewhere_are_there():
-    tests = documents.ROOT / "tests"
+    tests = documents.ROOT / "tests" / "docs"
     for page, test in RUN_ELSEWHERE.items():
         assert (documents.ROOT / page).is_file()
         assert re.search(r"documents\.(run|python_blocks)\(", (tests / test).read_text(encoding="utf-8"))
@@ -91,17 +92,49 @@ def test_the_check_of_commands_sees_a_wrong_one(capsys):
     assert not parses(["sing"])
 
 
-def test_every_public_name_is_documented():
-    documented = set()
-    for page in (documents.ROOT / "docs" / "api").glob("*.rst"):
-        text = re.sub(r"^\.\. currentmodule:: laplace_amort$", "", documents.read(page), flags=re.M)
-        current = ""
-        for directive, name in re.findall(r"^\.\. (\w+):: ([\w.]+)$", text, re.M):
-            if directive == "currentmodule":
-                current = f"{name}."
-            elif directive.startswith("auto"):
-                documented.add(current + name)
-    assert set(laplace_amort.__all__) <= documented
+API = documents.ROOT / "docs" / "api"
+
+
+def documented(page):
+    """The names that a page of the reference documents, in order; those of the package itself without its name."""
+    text = re.sub(r"^\.\. currentmodule:: laplace_amort$", "", documents.read(page), flags=re.M)
+    current, names = "", []
+    for directive, name in re.findall(r"^\.\. (\w+):: ([\w.]+)$", text, re.M):
+        if directive == "currentmodule":
+            current = f"{name}."
+        elif directive.startswith("auto"):
+            names.append(name if directive == "automodule" else current + name)
+    return names
+
+
+def test_every_public_name_is_documented_once():
+    names = [name for page in API.glob("*.rst") for name in documented(page)]
+    public = {name: getattr(laplace_amort, name) for name in laplace_amort.__all__}
+    assert {what.__name__ if isinstance(what, ModuleType) else name for name, what in public.items()} <= set(names)
+    assert len(names) == len(set(names))
+
+
+TWELVE = [
+    *("fit", "diagnose", "AutoLaplaceFamily", "Ladder", "MarginalLaplace", "FixedDrawELBO", "Stochastic", "NewUnits"),
+    *("LogJoint", "observed_information", "dual_path_param", "SoftAbs"),
+]
+
+
+def test_twelve_names_come_first():
+    """In the package, and in the reference on a page of their own; then the suite that checks a guide."""
+    assert set(laplace_amort.__all__[:12]) == set(TWELVE)
+    assert documented(API / "first.rst") == [*TWELVE, "laplace_amort.testing.check_guide"]
+    pages = re.findall(r"^   (api/\w+)$", documents.read(documents.ROOT / "docs" / "index.rst"), re.M)
+    assert pages[0] == "api/first"
+
+
+def test_every_room_has_a_page_of_reference():
+    """It begins with the room's own sentence; ``errors`` has one too."""
+    rooms = {path.parent.name for path in (documents.ROOT / "laplace_amort").glob("*/__init__.py")}
+    pages = {page.stem: documented(page) for page in API.glob("*.rst")}
+    assert set(pages) == {*rooms, "first", "errors"} - {"cli"} | {"command_line"}
+    for room in rooms - {"cli"}:
+        assert f"laplace_amort.{room}" in pages[room]
 
 
 def test_every_page_is_in_the_table_of_contents():

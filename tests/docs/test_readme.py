@@ -7,6 +7,8 @@ import pytest
 import torch
 from helpers import documents
 
+import laplace_amort
+
 README = documents.ROOT / "README.rst"
 BLOCKS = documents.python_blocks(documents.read(README))
 
@@ -59,6 +61,17 @@ def test_the_two_commands_are_there_once():
     assert tests.endswith("&& pytest")
     ci = (README.parent / ".ci" / "run").read_text(encoding="utf-8")
     assert "&& pytest$' README.rst" in ci
+
+
+def test_what_is_in_it_begins_with_twelve_names():
+    """Then comes the suite that checks a guide, and the rest under its room."""
+    text = documents.read(README)
+    part = text[text.index("What is in it\n---") : text.index("What it cannot do yet\n---")]
+    terms = re.findall(r"^``(\w+)``$", part, re.M)
+    rooms = {path.parent.name for path in (documents.ROOT / "laplace_amort").glob("*/__init__.py")}
+    assert set(terms[:12]) == set(laplace_amort.__all__[:12])
+    assert part.index("laplace_amort.testing.check_guide") > part.index(terms[11])
+    assert set(terms[12:]) == rooms - {"testing"}
 
 
 def test_files_that_it_links_to_exist():
