@@ -1,4 +1,4 @@
-"""How far the conditionals of the units are from normal, at given globals: moments, tails, and other modes."""
+"""How far the conditionals of the units are from normal, at given globals: tails, and other modes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from laplace_amort.posterior import pareto_smoothed
-from laplace_amort.types import Vector
+from laplace_amort.types import Vector, to_numpy
 from laplace_amort.units import Conditionals, QuadraturePoints, UnitIntegrals, sobol_points, values_at
 
 __all__ = [
@@ -41,7 +41,7 @@ def unit_k_hat(integrals: UnitIntegrals, there: Conditionals, global_: Tensor) -
     ratios = values_at(integrals, there, global_, QuadraturePoints(z, flat, flat)) + (z**2).sum(-1, keepdim=True) / 2
     shares = ratios.softmax(0)
     units = (shares**2).sum(0).argsort(descending=True)[:_UNITS]
-    return units.cpu().numpy(), pareto_smoothed(ratios[:, units].T.double().cpu().numpy()).k_hat
+    return units.cpu().numpy(), pareto_smoothed(to_numpy(ratios[:, units].T)).k_hat
 
 
 class OtherModes(NamedTuple):
@@ -82,7 +82,7 @@ def other_modes(integrals: UnitIntegrals, there: Conditionals, global_: Tensor) 
 
 
 def _other_starts(there: Conditionals) -> Tensor:
-    """Starts of all units, ``(S, N, k)``."""
+    """Return other starts of all units, ``(S, N, k)``."""
     mode = there.mode[0]
     generator = torch.Generator().manual_seed(0)
     direction = torch.randn(mode.shape, generator=generator, dtype=torch.float64).to(mode)

@@ -142,7 +142,7 @@ def pairs_figure(result: Any, names: Sequence[str] | None = None, space: Space =
 
 
 def _is_gaussian(posterior: Posterior) -> bool:
-    """Whether the globals are those of the Gaussian itself, as of an ELBO."""
+    """Say whether the globals are those of the Gaussian itself, as of an ELBO."""
     return math.isnan(posterior.log_evidence)
 
 
@@ -152,7 +152,7 @@ def _lines_of(posterior: Posterior) -> dict[str, dict[str, Any]]:
 
 
 def _references(reference: Any, posterior: Posterior, found: list[Column]) -> dict[str, Any]:
-    """What a reference says of each column, by label: a column of draws, or three quantiles."""
+    """Find what a reference says of each column, by label: a column of draws, or three quantiles."""
     if reference is None:
         return {}
     shapes = {name: tuple(value.shape) for name, value in posterior.gaussian.median().items()}
@@ -172,7 +172,7 @@ def _references(reference: Any, posterior: Posterior, found: list[Column]) -> di
 
 
 def _draw_marginal(axes: Any, posterior: Posterior, column: Column, known: Any) -> None:
-    """Densities above, quantiles below; what is seen is where the posterior and the reference are."""
+    """Draw densities above, quantiles below; what is seen is where the posterior and the reference are."""
     intervals = _draw_density(axes, posterior, column)
     low, high = axes.get_xlim()
     top = axes.get_ylim()[1]
@@ -200,7 +200,7 @@ def _draw_marginal(axes: Any, posterior: Posterior, column: Column, known: Any) 
 
 
 def _draw_density(axes: Any, posterior: Posterior, column: Column) -> list[tuple[Vector, str]]:
-    """The posterior and the Gaussian of one column; returns the quantiles of both with their colors."""
+    """Draw the posterior and the Gaussian of one column; return the quantiles of both with their colors."""
     intervals, ends, tops = [], [], []
     is_gaussian = _is_gaussian(posterior) and column.coordinate is not None
     if not is_gaussian:
@@ -239,7 +239,7 @@ def _draw_pair(axes: Any, posterior: Posterior, across: Column, up: Column) -> N
 
 
 def _label_pair(axes: Any, shown: list[Column], row: int, column: int) -> None:
-    """Names and ticks at the left and below."""
+    """Put names and ticks at the left and below."""
     last = len(shown) - 1
     axes.locator_params(nbins=3 if last < 6 else 2)
     axes.tick_params(labelbottom=row == last, labelleft=column == 0 and row > 0)
