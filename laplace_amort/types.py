@@ -42,7 +42,11 @@ class Status(IntEnum):
 
 
 def to_numpy(tensor: Tensor) -> Vector:
-    """Return the values of a tensor, without its graph, in double precision."""
+    """Return the values of a tensor in double precision, without its graph.
+
+    :param Tensor tensor: of any shape, real type and device.
+    :return: an array of that shape.
+    """
     values: Vector = tensor.detach().cpu().double().numpy()
     return values
 

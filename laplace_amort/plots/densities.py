@@ -8,7 +8,8 @@ import numpy
 from scipy.stats import gaussian_kde
 
 from laplace_amort.guide import LaplaceGaussian
-from laplace_amort.plots.numbers import Column, quantiles
+from laplace_amort.plots.numbers import Column
+from laplace_amort.posterior import weighted_quantiles
 from laplace_amort.types import Vector, to_numpy
 
 __all__ = ["density", "gaussian_contour", "gaussian_density", "gaussian_points"]
@@ -121,14 +122,14 @@ def _width(values: Vector, weights: Vector) -> float:
     """Choose the width of a normal kernel by Silverman's rule, for the effective number of draws."""
     mean = weights @ values
     sd = float((weights @ (values - mean) ** 2) ** 0.5)
-    low, high = quantiles(values, weights, [0.25, 0.75])
+    low, high = weighted_quantiles(values, weights, [0.25, 0.75])
     spread = min(sd, (high - low) / 1.349) or sd
     return min(1.06 * spread * float((weights**2).sum()) ** 0.2, 0.9 * sd)
 
 
 def _grid(values: Vector, weights: Vector, width: float) -> Vector:
     """Choose where a density is drawn: a few far draws of hardly any weight are not to make it coarse."""
-    low, high = quantiles(values, weights, [_LEFT_OUT, 1 - _LEFT_OUT])
+    low, high = weighted_quantiles(values, weights, [_LEFT_OUT, 1 - _LEFT_OUT])
     return numpy.linspace(low - _REACH * width, high + _REACH * width, _POINTS)
 
 

@@ -15,12 +15,11 @@ from laplace_amort.plots.numbers import (
     columns,
     free_columns,
     posterior_of,
-    quantiles,
     reference_values,
     with_reference,
 )
 from laplace_amort.plots.style import JOINT, MARGINAL, REFERENCE, blank_figure, note_left_out, require_matplotlib, style
-from laplace_amort.posterior import Posterior
+from laplace_amort.posterior import Posterior, weighted_quantiles
 from laplace_amort.types import Vector
 
 if TYPE_CHECKING:
@@ -180,8 +179,8 @@ def _draw_marginal(axes: Any, posterior: Posterior, column: Column, known: Any) 
         points, values = density(known)
         axes.fill_between(points, values, **_SHADE)
         axes.plot(points, values, **_REFERENCE_LINE)
-        intervals.append((quantiles(known.values, known.weights, _PROBABILITIES), REFERENCE))
-        ends, top = quantiles(known.values, known.weights, _SEEN), max(top, 1.06 * values.max())
+        intervals.append((weighted_quantiles(known.values, known.weights, _PROBABILITIES), REFERENCE))
+        ends, top = weighted_quantiles(known.values, known.weights, _SEEN), max(top, 1.06 * values.max())
         low, high = min(low, ends[0]), max(high, ends[1])
     elif known is not None:
         axes.axvspan(known[0], known[2], **_SHADE)
@@ -206,8 +205,8 @@ def _draw_density(axes: Any, posterior: Posterior, column: Column) -> list[tuple
     if not is_gaussian:
         points, values = density(column)
         axes.plot(points, values, **_POSTERIOR_LINE)
-        intervals.append((quantiles(column.values, column.weights, _PROBABILITIES), MARGINAL))
-        ends.append(quantiles(column.values, column.weights, _SEEN))
+        intervals.append((weighted_quantiles(column.values, column.weights, _PROBABILITIES), MARGINAL))
+        ends.append(weighted_quantiles(column.values, column.weights, _SEEN))
         tops.append(values.max())
     if column.coordinate is not None:
         points, values = gaussian_density(posterior.gaussian, column)
@@ -233,7 +232,7 @@ def _draw_pair(axes: Any, posterior: Posterior, across: Column, up: Column) -> N
         for mass, line in _LEVELS.items():
             contour = gaussian_contour(posterior.gaussian, across, up, mass)
             axes.plot(*contour, color=JOINT, linestyle=line, linewidth=1.2, zorder=3)
-    ends = quantiles(up.values, up.weights, _SEEN)
+    ends = weighted_quantiles(up.values, up.weights, _SEEN)
     margin = 0.08 * (ends[1] - ends[0])
     axes.set_ylim(ends[0] - margin, ends[1] + margin)
 

@@ -22,7 +22,6 @@ __all__ = [
     "columns",
     "free_columns",
     "posterior_of",
-    "quantiles",
     "reference_values",
     "require_fit",
     "with_reference",
@@ -150,14 +149,6 @@ def with_reference(column: Column, gaussian: LaplaceGaussian, values: Vector) ->
             coordinate, free = None, drawn
     weights = numpy.full(len(drawn), 1 / len(drawn))
     return replace(column, values=drawn, free=free, weights=weights, coordinate=coordinate, image=image)
-
-
-def quantiles(values: Vector, weights: Vector, probabilities: Sequence[float]) -> Vector:
-    """Return quantiles of weighted draws."""
-    order = values.argsort()
-    below = weights[order].cumsum() - weights[order] / 2
-    found: Vector = numpy.interp(probabilities, below, values[order])
-    return found
 
 
 def reference_values(reference: Any, name: str, shape: tuple[int, ...]) -> Any:
