@@ -18,11 +18,12 @@ __all__ = [
     "unit_k_hat",
 ]
 
-# Normal draws of each unit for the shape of its tails, and units that it is found for: those whose weights vary most.
-_DRAWS, _UNITS = 512, 500
-# Conditional standard deviations from the mode where other modes are looked for, and how far another one is away.
-_AWAY, _APART = (-12.0, -5.0, -2.5, 2.5, 5.0, 12.0), 0.5
-_STEPS = 60
+_DRAWS = 512  # of each unit, normal, for the shape of its tails
+_UNITS = 500  # that it is found for: those whose weights vary most
+# Conditional standard deviations from the mode where other modes are looked for.
+_AWAY = -12.0, -5.0, -2.5, 2.5, 5.0, 12.0
+_APART = 0.5  # conditional standard deviations from which on a mode is another one
+_STEPS = 60  # of a search for one, at most
 
 
 @torch.no_grad()

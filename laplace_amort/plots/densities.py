@@ -14,12 +14,12 @@ from laplace_amort.types import Vector, to_numpy
 
 __all__ = ["density", "gaussian_contour", "gaussian_density", "gaussian_points"]
 
-# Of the curve of a density: its points, the share of draws beyond them, and the bandwidths that it goes past the rest.
-_POINTS, _LEFT_OUT, _REACH = 301, 1e-3, 3.5
-# Share of the range within which two values are the same edge, and share of draws at an edge from which it counts.
-_NEAR, _CLOSE = 1e-6, 0.01
-# Of the Gaussian's curve, in standard deviations.
-_FAR = 3.5
+_POINTS = 301  # of a curve
+_LEFT_OUT = 1e-3  # share of the draws at each end that a curve need not reach
+_REACH = 3.5  # widths of a kernel that it goes past the rest
+_NEAR = 1e-6  # share of the range within which two values are the same edge
+_CLOSE = 0.01  # share of the draws at an edge from which it counts
+_FAR = 3.5  # standard deviations that the Gaussian's curve reaches
 
 
 def density(column: Column) -> tuple[Vector, Vector]:

@@ -29,14 +29,15 @@ __all__ = ["marginals_figure", "pairs_figure"]
 
 Space = Literal["constrained", "unconstrained"]
 
-_COLUMNS, _ROWS = 4, 6
+_COLUMNS = 4  # of panels, at most
+_ROWS = 6
 _PAIRED = 12  # globals in a figure of pairs
 _SHOWN = 1500  # points in a panel of pairs
 _PROBABILITIES = 0.05, 0.5, 0.95
 _Z = 1.6448536269514722  # of the outer two
 _LEVELS = {0.5: "-", 0.9: (0, (4, 1.5))}  # of the Gaussian's contours, and their lines
-# Quantiles of the draws where axes end, and the same for the Gaussian, which is not to squeeze them.
-_SEEN, _BEYOND_Z = (0.002, 0.998), 2.0
+_SEEN = 0.002, 0.998  # quantiles of the draws where axes end
+_BEYOND_Z = 2.0  # standard deviations of the Gaussian that are always seen: it is not to squeeze the draws
 _TALLEST = 1.8  # a Gaussian's peak, as a multiple of the posterior's, that is drawn in full
 
 _POSTERIOR_LINE: dict[str, Any] = {"color": MARGINAL, "linestyle": "-", "linewidth": 1.8, "zorder": 3}

@@ -27,8 +27,10 @@ if TYPE_CHECKING:
 
 __all__ = ["units_figure"]
 
-# Draws of the units: of each, of all in all, and of each at least; and numbers in memory at a time.
-_DRAWS, _IN_ALL, _LEAST, _AT_ONCE = 1000, 2**21, 200, 2**21
+_DRAWS = 1000  # of each unit, if they are few
+_IN_ALL = 2**21  # draws of all units together, by which there are fewer of each
+_LEAST = 200  # draws of each, however many units there are
+_AT_ONCE = 2**21  # numbers in memory at a time
 _PROBABILITIES = 0.05, 0.25, 0.5, 0.75, 0.95
 _PANELS = 6
 _LABELED = 40  # units that have a tick each
