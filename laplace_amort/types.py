@@ -1,15 +1,15 @@
-"""Types that every room speaks of: vectors of optimizers, densities, and statuses that are sentences."""
+"""What every room speaks of: vectors of optimizers, densities, statuses that are sentences, and numbers in words."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from enum import IntEnum
 
 import numpy
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["Density", "Status", "Vector"]
+__all__ = ["Density", "Status", "Vector", "element_name", "in_sd", "to_numpy"]
 
 # What optimizers move: parameters in one row, in double precision.
 Vector = NDArray[numpy.float64]
@@ -39,3 +39,39 @@ class Status(IntEnum):
 
     def __str__(self) -> str:
         return self.sentence
+
+
+def to_numpy(tensor: Tensor) -> Vector:
+    """Return the values of a tensor in double precision, without its graph.
+
+    :param Tensor tensor: of any shape, real type and device.
+    :return: an array of that shape.
+    """
+    values: Vector = tensor.detach().cpu().double().numpy()
+    return values
+
+
+def element_name(name: str, index: Iterable[int]) -> str:
+    """Name one element of a site.
+
+    :param str name: of the site.
+    :param index: of the element, empty where the site is one number.
+
+    Example::
+
+        >>> element_name("B", (0, 1)), element_name("tau", ())
+        ('B[0, 1]', 'tau')
+    """
+    numbers = ", ".join(map(str, index))
+    return f"{name}[{numbers}]" if numbers else name
+
+
+def in_sd(value: float) -> str:
+    """Say how many standard deviations something is, rounding errors as what they are.
+
+    Example::
+
+        >>> in_sd(0.1234), in_sd(2.8e-17)
+        ('0.12 sd', 'under 0.001 sd')
+    """
+    return "under 0.001 sd" if abs(value) < 1e-3 else f"{value:.2g} sd"

@@ -14,7 +14,7 @@ from laplace_amort.autodiff.information import (
     subsample_information,
 )
 from laplace_amort.autodiff.paths import CURVATURE, DualPath, DualPathParam, check_paths, dual_path, is_dual_edge
-from laplace_amort.autodiff.points import nearby
+from laplace_amort.autodiff.points import fixed_normal, nearby
 from laplace_amort.autodiff.recording import Recording, record
 from laplace_amort.autodiff.structure import check_structure
 
@@ -34,6 +34,7 @@ __all__ = [
     "differentiate",
     "dual_path",
     "first_derivatives",
+    "fixed_normal",
     "is_dual_edge",
     "local_curvature",
     "local_information",

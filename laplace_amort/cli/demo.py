@@ -13,6 +13,7 @@ from laplace_amort.cli.exits import Exit, UsageError, complain, table_of_codes
 from laplace_amort.cli.files import check_plot_path
 from laplace_amort.cli.settings import positive
 from laplace_amort.examples import demo, ecological_demo
+from laplace_amort.examples.demo_figure import demo_figure
 
 __all__ = ["add_parser", "run"]
 
@@ -33,7 +34,7 @@ def _fit_tables(options: argparse.Namespace) -> Any:
     return ecological_demo.run(seed=options.seed, progress=not options.quiet)
 
 
-_DEMOS = {name: _Demo(problem.title, _fit_problem, plots.demo_figure) for name, problem in demo.PROBLEMS.items()} | {
+_DEMOS = {name: _Demo(problem.title, _fit_problem, demo_figure) for name, problem in demo.PROBLEMS.items()} | {
     "senc": _Demo(ecological_demo.TITLE, _fit_tables, ecological_demo.figure)
 }
 _NAMES = tuple(_DEMOS)

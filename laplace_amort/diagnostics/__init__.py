@@ -2,5 +2,6 @@
 
 from laplace_amort.diagnostics.diagnose import diagnose, unit_tails
 from laplace_amort.diagnostics.findings import Diagnosis, Finding, Level, UnitTails
+from laplace_amort.diagnostics.thresholds import UNIT_TAILS
 
-__all__ = ["Diagnosis", "Finding", "Level", "UnitTails", "diagnose", "unit_tails"]
+__all__ = ["UNIT_TAILS", "Diagnosis", "Finding", "Level", "UnitTails", "diagnose", "unit_tails"]

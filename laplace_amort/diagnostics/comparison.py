@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 
 from laplace_amort.posterior import Posterior
+from laplace_amort.types import element_name
 
 __all__ = ["Comparison", "PosteriorComparison", "compare"]
 
 
 class Comparison(NamedTuple):
-    """The worst of some elements.
+    """What is worst among some elements.
 
     :param float mean: largest difference of means, in standard deviations of the reference.
     :param float sd: largest difference of standard deviations, as a share of those of the reference.
@@ -26,7 +27,11 @@ class Comparison(NamedTuple):
 
 
 class PosteriorComparison(NamedTuple):
-    """The worst of the globals and the worst of the units."""
+    """What is worst among globals and units.
+
+    :param Comparison globals_: of all elements of global sites.
+    :param Comparison units: of all elements of local sites.
+    """
 
     globals_: Comparison
     units: Comparison
@@ -47,6 +52,7 @@ def compare(posterior: Posterior, reference: Posterior) -> PosteriorComparison:
 
 
 def _worst(sites: dict[str, list[Tensor]]) -> Comparison:
+    """Find what is worst in means and standard deviations by site, and in those of the reference."""
     worst, means, sds = (-1.0, ""), [0.0], [0.0]
     for name, (mean, sd, true_mean, true_sd) in sites.items():
         if not mean.numel():
@@ -63,5 +69,5 @@ def _worst(sites: dict[str, list[Tensor]]) -> Comparison:
         size = off + 2 * ratio
         index = int(size.argmax())
         place = [int(i) for i in torch.unravel_index(torch.tensor(index), mean.shape)]
-        worst = max(worst, (float(size[index]), f"{name}{place or ''}"))
+        worst = max(worst, (float(size[index]), element_name(name, place)))
     return Comparison(max(means), max(sds), worst[1])

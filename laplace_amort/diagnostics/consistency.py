@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from laplace_amort.errors import NUMERICAL_ERRORS
 from laplace_amort.guide import LaplaceGaussian, Problem
-from laplace_amort.types import Vector
+from laplace_amort.types import Vector, to_numpy
 from laplace_amort.units import QuadraturePoints, QuadratureRule, UnitIntegrals
 
 __all__ = ["Consistency", "check_consistency"]
@@ -90,7 +90,7 @@ def check_consistency(
 
 
 def _score(likelihood: UnitIntegrals, gaussian: LaplaceGaussian, points: QuadraturePoints) -> Vector | None:
-    """The derivative of the log probability of the data; None where there is none."""
+    """Differentiate the log probability of the data; None where that is not possible."""
     globals_ = gaussian.global_loc.unsqueeze(0)
     # The modes of the data at hand tell nothing of those of others but where they are on the whole.
     start = gaussian.local_loc.mean(0).expand_as(gaussian.local_loc).unsqueeze(0)
@@ -98,13 +98,14 @@ def _score(likelihood: UnitIntegrals, gaussian: LaplaceGaussian, points: Quadrat
         found = likelihood.values_and_gradients(points, QuadraturePoints.log_integral, globals_, start)
     except NUMERICAL_ERRORS:
         return None
-    score: Vector = found.gradients[0].double().cpu().numpy()
+    score = to_numpy(found.gradients[0])
     return score if numpy.isfinite(score).all() and not bool(found.lost.any()) else None
 
 
 def _tested(scores: Vector, gaussian: LaplaceGaussian, failed: int) -> Consistency:
+    """Test whether scores ``(S, d)`` are zero on average."""
     n, d = scores.shape
-    covariance = gaussian.precision.global_covariance().detach().double().cpu().numpy()
+    covariance = to_numpy(gaussian.precision.global_covariance())
     sd = numpy.sqrt(numpy.diag(covariance))
     if n < d + 2 or d == 0:
         nothing = numpy.full(d, numpy.nan)

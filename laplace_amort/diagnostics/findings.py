@@ -83,7 +83,7 @@ class Diagnosis:
 
     @property
     def level(self) -> Level:
-        """The worst of all."""
+        """Which level the worst of all has."""
         return max((finding.level for finding in self.findings), default=Level.GOOD)
 
     @property
@@ -93,7 +93,7 @@ class Diagnosis:
 
     @property
     def verdict(self) -> str:
-        """One sentence."""
+        """What the findings come to, in one sentence."""
         bad = ", ".join(finding.name for finding in self.findings if finding.level is Level.BAD)
         doubtful = ", ".join(finding.name for finding in self.findings if finding.level is Level.DOUBTFUL)
         if bad:

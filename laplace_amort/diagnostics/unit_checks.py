@@ -1,4 +1,4 @@
-"""How far the conditionals of the units are from normal, at given globals: moments, tails, and other modes."""
+"""How far the conditionals of the units are from normal, at given globals: tails, and other modes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from laplace_amort.posterior import pareto_smoothed
-from laplace_amort.types import Vector
+from laplace_amort.types import Vector, to_numpy
 from laplace_amort.units import Conditionals, QuadraturePoints, UnitIntegrals, sobol_points, values_at
 
 __all__ = [
@@ -18,11 +18,12 @@ __all__ = [
     "unit_k_hat",
 ]
 
-# Normal draws of each unit for the shape of its tails, and units that it is found for: those whose weights vary most.
-_DRAWS, _UNITS = 512, 500
-# Conditional standard deviations from the mode where other modes are looked for, and how far another one is away.
-_AWAY, _APART = (-12.0, -5.0, -2.5, 2.5, 5.0, 12.0), 0.5
-_STEPS = 60
+_DRAWS = 512  # of each unit, normal, for the shape of its tails
+_UNITS = 500  # that it is found for: those whose weights vary most
+# Conditional standard deviations from the mode where other modes are looked for.
+_AWAY = -12.0, -5.0, -2.5, 2.5, 5.0, 12.0
+_APART = 0.5  # conditional standard deviations from which on a mode is another one
+_STEPS = 60  # of a search for one, at most
 
 
 @torch.no_grad()
@@ -41,7 +42,7 @@ def unit_k_hat(integrals: UnitIntegrals, there: Conditionals, global_: Tensor) -
     ratios = values_at(integrals, there, global_, QuadraturePoints(z, flat, flat)) + (z**2).sum(-1, keepdim=True) / 2
     shares = ratios.softmax(0)
     units = (shares**2).sum(0).argsort(descending=True)[:_UNITS]
-    return units.cpu().numpy(), pareto_smoothed(ratios[:, units].T.double().cpu().numpy()).k_hat
+    return units.cpu().numpy(), pareto_smoothed(to_numpy(ratios[:, units].T)).k_hat
 
 
 class OtherModes(NamedTuple):
@@ -82,7 +83,7 @@ def other_modes(integrals: UnitIntegrals, there: Conditionals, global_: Tensor) 
 
 
 def _other_starts(there: Conditionals) -> Tensor:
-    """Starts of all units, ``(S, N, k)``."""
+    """Return other starts of all units, ``(S, N, k)``."""
     mode = there.mode[0]
     generator = torch.Generator().manual_seed(0)
     direction = torch.randn(mode.shape, generator=generator, dtype=torch.float64).to(mode)

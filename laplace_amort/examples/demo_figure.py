@@ -18,8 +18,8 @@ from laplace_amort.plots.style import (
     STYLE,
     UNAMORTIZED,
     require_matplotlib,
-    to_numpy,
 )
+from laplace_amort.types import to_numpy
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

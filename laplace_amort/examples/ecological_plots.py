@@ -11,7 +11,8 @@ from torch import Tensor
 
 from laplace_amort.examples.ecological import CHOICES, RACES
 from laplace_amort.examples.ecological_scores import LEAST_VOTERS, TableEstimates
-from laplace_amort.plots.style import GREEN, JOINT, MARGINAL, PURPLE, RAW, REFERENCE, blank_figure, style, to_numpy
+from laplace_amort.plots.style import GREEN, JOINT, MARGINAL, PURPLE, RAW, REFERENCE, blank_figure, style
+from laplace_amort.types import to_numpy
 
 __all__ = ["tables_figure"]
 

@@ -5,21 +5,21 @@ from __future__ import annotations
 import math
 
 import numpy
+from scipy.stats import gaussian_kde
 
 from laplace_amort.guide import LaplaceGaussian
-from laplace_amort.plots.numbers import Column, quantiles
-from laplace_amort.plots.style import to_numpy
-from laplace_amort.types import Vector
+from laplace_amort.plots.numbers import Column
+from laplace_amort.posterior import weighted_quantiles
+from laplace_amort.types import Vector, to_numpy
 
 __all__ = ["density", "gaussian_contour", "gaussian_density", "gaussian_points"]
 
-_BINS = 1024  # that draws are gathered in before a density is made of them
-# Of the curve of a density: its points, the share of draws beyond them, and the bandwidths that it goes past the rest.
-_POINTS, _LEFT_OUT, _REACH = 301, 1e-3, 3.5
-# Share of the range within which two values are the same edge, and share of draws at an edge from which it counts.
-_NEAR, _CLOSE = 1e-6, 0.01
-# Of the Gaussian's curve, in standard deviations.
-_FAR = 3.5
+_POINTS = 301  # of a curve
+_LEFT_OUT = 1e-3  # share of the draws at each end that a curve need not reach
+_REACH = 3.5  # widths of a kernel that it goes past the rest
+_NEAR = 1e-6  # share of the range within which two values are the same edge
+_CLOSE = 0.01  # share of the draws at an edge from which it counts
+_FAR = 3.5  # standard deviations that the Gaussian's curve reaches
 
 
 def density(column: Column) -> tuple[Vector, Vector]:
@@ -50,7 +50,7 @@ def density(column: Column) -> tuple[Vector, Vector]:
 
 
 def _edges(column: Column) -> tuple[float, float] | None:
-    """The ends of the support, if a noticeable share of the draws is no further away than the width of a kernel."""
+    """Find the ends of the support, if a noticeable share of the draws is no further away than a kernel is wide."""
     if column.coordinate is None:
         return None
     with numpy.errstate(over="ignore", invalid="ignore"):
@@ -64,6 +64,7 @@ def _edges(column: Column) -> tuple[float, float] | None:
 
 
 def _reflected(values: Vector, weights: Vector, width: float, edges: tuple[float, float]) -> tuple[Vector, Vector]:
+    """Set kernels within edges, and add what they put beyond them, mirrored."""
     low, high = edges
     start, stop = _grid(values, weights, width)[[0, -1]]
     grid = numpy.linspace(max(float(start), low), min(float(stop), high), _POINTS)
@@ -110,7 +111,7 @@ def gaussian_contour(gaussian: LaplaceGaussian, first: Column, second: Column, m
 
 
 def _changed(points: Vector, values: Vector, grid: Vector) -> tuple[Vector, Vector]:
-    """A density over a grid as one over the points that it is mapped to, where these are apart from each other."""
+    """Turn a density over a grid into one over the points that it is mapped to, where these are apart."""
     slope = numpy.abs(numpy.gradient(points, grid))
     apart = slope > 0
     changed: Vector = values[apart] / slope[apart]
@@ -118,25 +119,22 @@ def _changed(points: Vector, values: Vector, grid: Vector) -> tuple[Vector, Vect
 
 
 def _width(values: Vector, weights: Vector) -> float:
-    """Width of a normal kernel by Silverman's rule, for the effective number of draws."""
+    """Choose the width of a normal kernel by Silverman's rule, for the effective number of draws."""
     mean = weights @ values
     sd = float((weights @ (values - mean) ** 2) ** 0.5)
-    low, high = quantiles(values, weights, [0.25, 0.75])
+    low, high = weighted_quantiles(values, weights, [0.25, 0.75])
     spread = min(sd, (high - low) / 1.349) or sd
     return min(1.06 * spread * float((weights**2).sum()) ** 0.2, 0.9 * sd)
 
 
 def _grid(values: Vector, weights: Vector, width: float) -> Vector:
-    """Where a density is drawn: a few far draws of hardly any weight are not to make it coarse."""
-    low, high = quantiles(values, weights, [_LEFT_OUT, 1 - _LEFT_OUT])
+    """Choose where a density is drawn: a few far draws of hardly any weight are not to make it coarse."""
+    low, high = weighted_quantiles(values, weights, [_LEFT_OUT, 1 - _LEFT_OUT])
     return numpy.linspace(low - _REACH * width, high + _REACH * width, _POINTS)
 
 
 def _kernels(values: Vector, weights: Vector, width: float, grid: Vector) -> Vector:
-    within = 2 * _REACH * width
-    reach = grid.min() - within, grid.max() + within
-    mass, edges = numpy.histogram(values, bins=_BINS, range=reach, weights=weights)
-    middle = (edges[1:] + edges[:-1]) / 2
-    kernels = numpy.exp(-(((grid[:, None] - middle) / width) ** 2) / 2) / (width * numpy.sqrt(2 * numpy.pi))
-    found: Vector = kernels @ mass
+    """Sum normal kernels of a width around weighted draws, at points of a grid."""
+    factor = width / float(numpy.cov(values, aweights=weights)) ** 0.5  # SciPy's width is a share of this
+    found: Vector = gaussian_kde(values, bw_method=factor, weights=weights)(grid)
     return found

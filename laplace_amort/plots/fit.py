@@ -22,9 +22,8 @@ from laplace_amort.plots.style import (
     blank_figure,
     require_matplotlib,
     style,
-    to_numpy,
 )
-from laplace_amort.types import Vector
+from laplace_amort.types import Vector, element_name, to_numpy
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -125,7 +124,7 @@ def arrowhead_figure(precision: Any) -> Figure:
 
 
 def _parts(precision: Any) -> tuple[Arrowhead, list[str], dict[str, RepairReport]]:
-    """The arrowhead, the names of its globals, and the reports of repairs by block."""
+    """Find the arrowhead, the names of its globals, and the reports of repairs by block."""
     if isinstance(precision, Arrowhead):
         return precision, [], {}
     gaussian = precision.gaussian if isinstance(precision, FitResult) else precision
@@ -138,8 +137,7 @@ def _parts(precision: Any) -> tuple[Arrowhead, list[str], dict[str, RepairReport
         )
     names = []
     for name, site in gaussian.unit_model.layout.global_sites.items():
-        indices = numpy.ndindex(*site.shape)
-        names += [name + (f"[{', '.join(map(str, index))}]" if index else "") for index in indices]
+        names += [element_name(name, index) for index in numpy.ndindex(*site.shape)]
     return gaussian.precision, names, {"globals": gaussian.head_report, "units": gaussian.tail_report}
 
 
@@ -183,7 +181,7 @@ def _draw_matrix(figure: Any, axes: Any, arrowhead: Arrowhead, names: list[str])
 
 
 def _draw_repairs(axes: Any, reports: dict[str, RepairReport]) -> None:
-    """Of each kind of block the smallest eigenvalue before and after, on an axis that has zero."""
+    """Draw of each kind of block the smallest eigenvalue before and after, on an axis that has zero."""
     units = {
         "globals": "shares of their information\nwith all units known",
         "units": "in hundredths of\ntheir diagonals",

@@ -15,12 +15,11 @@ from laplace_amort.plots.numbers import (
     columns,
     free_columns,
     posterior_of,
-    quantiles,
     reference_values,
     with_reference,
 )
 from laplace_amort.plots.style import JOINT, MARGINAL, REFERENCE, blank_figure, note_left_out, require_matplotlib, style
-from laplace_amort.posterior import Posterior
+from laplace_amort.posterior import Posterior, weighted_quantiles
 from laplace_amort.types import Vector
 
 if TYPE_CHECKING:
@@ -30,14 +29,15 @@ __all__ = ["marginals_figure", "pairs_figure"]
 
 Space = Literal["constrained", "unconstrained"]
 
-_COLUMNS, _ROWS = 4, 6
+_COLUMNS = 4  # of panels, at most
+_ROWS = 6
 _PAIRED = 12  # globals in a figure of pairs
 _SHOWN = 1500  # points in a panel of pairs
 _PROBABILITIES = 0.05, 0.5, 0.95
 _Z = 1.6448536269514722  # of the outer two
 _LEVELS = {0.5: "-", 0.9: (0, (4, 1.5))}  # of the Gaussian's contours, and their lines
-# Quantiles of the draws where axes end, and the same for the Gaussian, which is not to squeeze them.
-_SEEN, _BEYOND_Z = (0.002, 0.998), 2.0
+_SEEN = 0.002, 0.998  # quantiles of the draws where axes end
+_BEYOND_Z = 2.0  # standard deviations of the Gaussian that are always seen: it is not to squeeze the draws
 _TALLEST = 1.8  # a Gaussian's peak, as a multiple of the posterior's, that is drawn in full
 
 _POSTERIOR_LINE: dict[str, Any] = {"color": MARGINAL, "linestyle": "-", "linewidth": 1.8, "zorder": 3}
@@ -142,7 +142,7 @@ def pairs_figure(result: Any, names: Sequence[str] | None = None, space: Space =
 
 
 def _is_gaussian(posterior: Posterior) -> bool:
-    """Whether the globals are those of the Gaussian itself, as of an ELBO."""
+    """Say whether the globals are those of the Gaussian itself, as of an ELBO."""
     return math.isnan(posterior.log_evidence)
 
 
@@ -152,7 +152,7 @@ def _lines_of(posterior: Posterior) -> dict[str, dict[str, Any]]:
 
 
 def _references(reference: Any, posterior: Posterior, found: list[Column]) -> dict[str, Any]:
-    """What a reference says of each column, by label: a column of draws, or three quantiles."""
+    """Find what a reference says of each column, by label: a column of draws, or three quantiles."""
     if reference is None:
         return {}
     shapes = {name: tuple(value.shape) for name, value in posterior.gaussian.median().items()}
@@ -172,7 +172,7 @@ def _references(reference: Any, posterior: Posterior, found: list[Column]) -> di
 
 
 def _draw_marginal(axes: Any, posterior: Posterior, column: Column, known: Any) -> None:
-    """Densities above, quantiles below; what is seen is where the posterior and the reference are."""
+    """Draw densities above, quantiles below; what is seen is where the posterior and the reference are."""
     intervals = _draw_density(axes, posterior, column)
     low, high = axes.get_xlim()
     top = axes.get_ylim()[1]
@@ -180,8 +180,8 @@ def _draw_marginal(axes: Any, posterior: Posterior, column: Column, known: Any) 
         points, values = density(known)
         axes.fill_between(points, values, **_SHADE)
         axes.plot(points, values, **_REFERENCE_LINE)
-        intervals.append((quantiles(known.values, known.weights, _PROBABILITIES), REFERENCE))
-        ends, top = quantiles(known.values, known.weights, _SEEN), max(top, 1.06 * values.max())
+        intervals.append((weighted_quantiles(known.values, known.weights, _PROBABILITIES), REFERENCE))
+        ends, top = weighted_quantiles(known.values, known.weights, _SEEN), max(top, 1.06 * values.max())
         low, high = min(low, ends[0]), max(high, ends[1])
     elif known is not None:
         axes.axvspan(known[0], known[2], **_SHADE)
@@ -200,14 +200,14 @@ def _draw_marginal(axes: Any, posterior: Posterior, column: Column, known: Any) 
 
 
 def _draw_density(axes: Any, posterior: Posterior, column: Column) -> list[tuple[Vector, str]]:
-    """The posterior and the Gaussian of one column; returns the quantiles of both with their colors."""
+    """Draw the posterior and the Gaussian of one column; return the quantiles of both with their colors."""
     intervals, ends, tops = [], [], []
     is_gaussian = _is_gaussian(posterior) and column.coordinate is not None
     if not is_gaussian:
         points, values = density(column)
         axes.plot(points, values, **_POSTERIOR_LINE)
-        intervals.append((quantiles(column.values, column.weights, _PROBABILITIES), MARGINAL))
-        ends.append(quantiles(column.values, column.weights, _SEEN))
+        intervals.append((weighted_quantiles(column.values, column.weights, _PROBABILITIES), MARGINAL))
+        ends.append(weighted_quantiles(column.values, column.weights, _SEEN))
         tops.append(values.max())
     if column.coordinate is not None:
         points, values = gaussian_density(posterior.gaussian, column)
@@ -233,13 +233,13 @@ def _draw_pair(axes: Any, posterior: Posterior, across: Column, up: Column) -> N
         for mass, line in _LEVELS.items():
             contour = gaussian_contour(posterior.gaussian, across, up, mass)
             axes.plot(*contour, color=JOINT, linestyle=line, linewidth=1.2, zorder=3)
-    ends = quantiles(up.values, up.weights, _SEEN)
+    ends = weighted_quantiles(up.values, up.weights, _SEEN)
     margin = 0.08 * (ends[1] - ends[0])
     axes.set_ylim(ends[0] - margin, ends[1] + margin)
 
 
 def _label_pair(axes: Any, shown: list[Column], row: int, column: int) -> None:
-    """Names and ticks at the left and below."""
+    """Put names and ticks at the left and below."""
     last = len(shown) - 1
     axes.locator_params(nbins=3 if last < 6 else 2)
     axes.tick_params(labelbottom=row == last, labelleft=column == 0 and row > 0)

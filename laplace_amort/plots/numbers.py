@@ -14,19 +14,16 @@ from torch import Tensor
 
 from laplace_amort.fitting import FitResult
 from laplace_amort.guide import LaplaceGaussian, is_elementwise
-from laplace_amort.plots.style import to_numpy
 from laplace_amort.posterior import Posterior
-from laplace_amort.types import Vector
+from laplace_amort.types import Vector, element_name, to_numpy
 
 __all__ = [
     "Column",
     "columns",
     "free_columns",
     "posterior_of",
-    "quantiles",
     "reference_values",
     "require_fit",
-    "unit_axis",
     "with_reference",
 ]
 
@@ -97,7 +94,7 @@ def columns(posterior: Posterior, names: Sequence[str] | None = None) -> list[Co
                 continue  # fixed by the support, as the upper triangle of a Cholesky factor
             free = flat[:, position] if coordinate is None else globals_[:, coordinate]
             image = functools.partial(_image, gaussian, name, position)
-            label = name + _brackets(index)
+            label = element_name(name, index)
             found.append(Column(name, label, position, coordinate, flat[:, position], free, weights, image))
     return found
 
@@ -111,13 +108,13 @@ def free_columns(posterior: Posterior, names: Sequence[str] | None = None) -> li
         for position, index in enumerate(numpy.ndindex(*site.shape)):
             coordinate = start + position
             free, image = globals_[:, coordinate], functools.partial(_same, coordinate)
-            label = f"{name}{_brackets(index)}, unconstrained"
+            label = f"{element_name(name, index)}, unconstrained"
             found.append(Column(name, label, position, coordinate, free, free, weights, image))
     return found
 
 
 def _sites(gaussian: LaplaceGaussian, names: Sequence[str] | None) -> dict[str, int]:
-    """Where each of the global sites begins in the globals."""
+    """Find where each of the global sites begins in the globals."""
     sites = gaussian.unit_model.layout.global_sites
     if not sites:
         raise ValueError("the model has no globals to draw; its units are drawn by\n    units_figure(result)")
@@ -128,11 +125,8 @@ def _sites(gaussian: LaplaceGaussian, names: Sequence[str] | None) -> dict[str, 
     return {name: start for name, start in zip(sites, starts, strict=False) if names is None or name in names}
 
 
-def _brackets(index: tuple[int, ...]) -> str:
-    return f"[{', '.join(map(str, index))}]" if index else ""
-
-
 def _image(gaussian: LaplaceGaussian, name: str, position: int, moved: Mapping[int, Vector]) -> Vector:
+    """Map coordinates to an element of a site as the model has it, all others at the center."""
     globals_ = gaussian.global_loc.expand(len(next(iter(moved.values()))), -1).clone()
     for coordinate, values in moved.items():
         globals_[:, coordinate] = torch.from_numpy(numpy.ascontiguousarray(values)).to(globals_)
@@ -155,26 +149,6 @@ def with_reference(column: Column, gaussian: LaplaceGaussian, values: Vector) ->
             coordinate, free = None, drawn
     weights = numpy.full(len(drawn), 1 / len(drawn))
     return replace(column, values=drawn, free=free, weights=weights, coordinate=coordinate, image=image)
-
-
-def quantiles(values: Vector, weights: Vector, probabilities: Sequence[float]) -> Vector:
-    """Return quantiles of weighted draws."""
-    order = values.argsort()
-    below = weights[order].cumsum() - weights[order] / 2
-    found: Vector = numpy.interp(probabilities, below, values[order])
-    return found
-
-
-def unit_axis(gaussian: LaplaceGaussian, name: str) -> int:
-    """Return the axis of the units in the constrained value of a local site.
-
-    :raises ValueError: if there is no such site.
-    """
-    layout = gaussian.unit_model.layout
-    if name not in layout.local_sites:
-        known = ", ".join(map(repr, layout.local_sites))
-        raise ValueError(f"there is no site '{name}' in the units of plate '{layout.frame.name}'; there are {known}")
-    return layout.unit_axis(name)
 
 
 def reference_values(reference: Any, name: str, shape: tuple[int, ...]) -> Any:
@@ -209,7 +183,7 @@ def reference_values(reference: Any, name: str, shape: tuple[int, ...]) -> Any:
 
 
 def _flat_draws(name: str, values: Any, shape: tuple[int, ...]) -> Vector:
-    """Draws ``(S, *shape)``, of all chains."""
+    """Join the draws of all chains, ``(S, *shape)``."""
     array: Vector = to_numpy(values) if isinstance(values, Tensor) else numpy.asarray(values, dtype=float)
     if array.shape[2:] == shape and array.ndim == len(shape) + 2:
         array = array.reshape(-1, *shape)

@@ -7,18 +7,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from numpy.typing import NDArray
-from torch import Tensor
-
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["blank_figure", "note_left_out", "require_matplotlib", "save_figure", "style", "to_numpy"]
+__all__ = ["blank_figure", "note_left_out", "require_matplotlib", "save_figure", "style"]
 
 # Okabe and Ito's palette, which color-blind readers can tell apart; line styles tell the same in print.
 UNAMORTIZED, JOINT, MARGINAL, GREEN, PURPLE = "#E69F00", "#D55E00", "#0072B2", "#009E73", "#CC79A7"
 REFERENCE, RAW = "#000000", "#9A9A9A"
 BARS: dict[str, Any] = {"marker": "o", "markersize": 1.8, "elinewidth": 0.9, "linestyle": "none"}
+ON_EDGE: dict[str, Any] = {"clip_on": False, "in_layout": False}  # or markers that are not there take room
 STYLE: dict[str, Any] = {
     "font.size": 8,
     "axes.titlesize": 8.5,
@@ -83,9 +81,3 @@ def require_matplotlib() -> Any:
     except ImportError as error:
         raise ImportError('plots need matplotlib; install it with\n    pip install "laplace_amort[plots]"') from error
     return matplotlib
-
-
-def to_numpy(tensor: Tensor) -> NDArray[Any]:
-    """Return the values of a tensor, in double precision if it has a real type."""
-    values: NDArray[Any] = tensor.detach().cpu().double().numpy()
-    return values

@@ -1,4 +1,4 @@
-"""Figures of the units: their posteriors in a row, and the tails of each."""
+"""The figure of the units: their posteriors in a row."""
 
 from __future__ import annotations
 
@@ -7,36 +7,33 @@ from typing import TYPE_CHECKING, Any
 import numpy
 from torch import Tensor
 
-from laplace_amort.diagnostics import Diagnosis, UnitTails, unit_tails
-from laplace_amort.plots.numbers import posterior_of, reference_values, unit_axis
+from laplace_amort.plots.numbers import posterior_of, reference_values
 from laplace_amort.plots.style import (
     JOINT,
     MARGINAL,
+    ON_EDGE,
     RAW,
     REFERENCE,
-    UNAMORTIZED,
     blank_figure,
     note_left_out,
     require_matplotlib,
     style,
-    to_numpy,
 )
-from laplace_amort.posterior import K_GOOD, Posterior
-from laplace_amort.types import Vector
+from laplace_amort.posterior import Posterior
+from laplace_amort.types import Vector, element_name, to_numpy
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["k_hat_figure", "units_figure"]
+__all__ = ["units_figure"]
 
-# Draws of the units: of each, of all in all, and of each at least; and numbers in memory at a time.
-_DRAWS, _IN_ALL, _LEAST, _AT_ONCE = 1000, 2**21, 200, 2**21
+_DRAWS = 1000  # of each unit, if they are few
+_IN_ALL = 2**21  # draws of all units together, by which there are fewer of each
+_LEAST = 200  # draws of each, however many units there are
+_AT_ONCE = 2**21  # numbers in memory at a time
 _PROBABILITIES = 0.05, 0.25, 0.5, 0.75, 0.95
 _PANELS = 6
-_ON_EDGE: dict[str, Any] = {"clip_on": False, "in_layout": False}  # or markers that are not there take room
 _LABELED = 40  # units that have a tick each
-_DOUBTFUL = 0.5
-_WORST = 5  # units that are named
 
 
 def units_figure(
@@ -96,72 +93,32 @@ def units_figure(
     return figure
 
 
-def k_hat_figure(found: Any) -> Figure:
-    """Draw k-hat of every unit: the shape of the tail of its importance weights, its normal approximation the proposal.
-
-    Above 0.5 a normal is doubtful for a unit, above 0.7 it does not do; those units are named, the worst five at most.
-    Where there are more than some hundred units, those are drawn whose weights vary most. Triangles at the edges are
-    values beyond them; below, minus infinity: units that are exactly normal.
-
-    Do not take it for the k-hat of the globals, which is ``result.posterior.k_hat``.
-
-    :param found: what :func:`laplace_amort.diagnose` or :func:`laplace_amort.fit` returned.
-    :return: a ``matplotlib.figure.Figure``, which belongs to no window.
-    :raises ImportError: if matplotlib is not installed.
-    :raises ModelError: of a fit that took minibatches.
-    :raises TypeError: if ``found`` is neither.
-    :raises ValueError: if the diagnosis did not look at the units.
-
-    Example: of what a diagnosis has found::
-
-        >>> tails = UnitTails("schools", numpy.arange(3), numpy.array([0.1, 0.2, 0.9]), num_units=3)
-        >>> k_hat_figure(Diagnosis((), unit_tails=tails)).axes[0].get_title(loc="left")
-        '3 units; 1 above 0.7'
-    """
-    require_matplotlib()
-    tails = _tails(found)
-    low, high = _k_range(tails.k_hat)
-    with style():
-        figure = blank_figure(6.0, 3.0)
-        axes = figure.subplots()
-        words = {_DOUBTFUL: f"above {_DOUBTFUL:g}:\ndoubtful", K_GOOD: f"above {K_GOOD:g}:\nbad"}
-        for threshold, line in zip(words, ((0, (4, 1.5)), "-"), strict=True):
-            axes.axhline(threshold, color=RAW, linestyle=line, linewidth=0.9, zorder=1)
-        _draw_k_hats(axes, tails, low, high)
-        _name_worst(axes, tails, high)
-        axes.set_xlabel(f"unit of plate '{tails.plate}'")
-        axes.set_ylabel("k-hat")
-        axes.set_ylim(low, high)
-        axes.set_xlim(-0.02 * tails.num_units - 0.5, 1.02 * tails.num_units - 0.5)
-        axes.xaxis.set_major_locator(require_matplotlib().ticker.MaxNLocator(integer=True, min_n_ticks=1))
-        axes.set_title(_looked_at(tails), loc="left")
-        levels = axes.secondary_yaxis("right")
-        levels.set_yticks(list(words), list(words.values()))
-        levels.tick_params(length=0)
-        levels.spines["right"].set_visible(False)
-    return figure
-
-
 class _Panels:
     """Which units are shown, for each element of a site.
 
     :param Posterior posterior: of a fit.
     :param str name: of the site.
     :param int max_units: shown at most.
+    :raises ValueError: if there is no such site.
 
     Attributes: ``shape`` of the site, ``num_units``, ``plate``, ``labels`` of the panels, and ``order``, the units that
     are shown in each.
     """
 
     def __init__(self, posterior: Posterior, name: str, max_units: int) -> None:
+        layout = posterior.gaussian.unit_model.layout
+        if name not in layout.local_sites:
+            known = ", ".join(map(repr, layout.local_sites))
+            raise ValueError(
+                f"there is no site '{name}' in the units of plate '{layout.frame.name}'; there are {known}"
+            )
         self.posterior, self.name = posterior, name
-        self.axis = unit_axis(posterior.gaussian, name)
-        self.plate = posterior.gaussian.unit_model.layout.frame.name
+        self.axis, self.plate = posterior.unit_axis(name), layout.frame.name
         mean = posterior.mean()[name]
         self.shape = tuple(mean.shape)
         rest = self.shape[: self.axis] + self.shape[self.axis + 1 :]
         indices = list(numpy.ndindex(*rest))
-        self.labels = [name + (f"[{', '.join(map(str, index))}]" if index else "") for index in indices[:_PANELS]]
+        self.labels = [element_name(name, index) for index in indices[:_PANELS]]
         self.num_panels = len(indices)
         values = self.flat(to_numpy(mean))
         self.num_units = values.shape[-2]
@@ -169,18 +126,18 @@ class _Panels:
         self.order = [values[:, panel].argsort(kind="stable")[shown] for panel in range(len(self.labels))]
 
     def flat(self, values: Vector) -> Vector:
-        """Values ``(*, *shape)`` with the units and then the elements of each last, ``(*, N, r)``."""
+        """Return values ``(*, *shape)`` with the units and then the elements of each last, ``(*, N, r)``."""
         extra = values.ndim - len(self.shape)
         moved = numpy.moveaxis(values, self.axis + extra, extra)
         return moved.reshape(*moved.shape[: extra + 1], -1)
 
     def of(self, values: Vector, panel: int) -> Vector:
-        """What one panel shows of values ``(*, *shape)``, ``(*, n)``."""
+        """Return what one panel shows of values ``(*, *shape)``, ``(*, n)``."""
         shown: Vector = self.flat(values)[..., self.order[panel], panel]
         return shown
 
     def draws(self) -> list[Vector]:
-        """Draws of the units shown, ``(S, n)`` for each panel; of the others they are not kept."""
+        """Draw the units shown, ``(S, n)`` for each panel; draws of the others are not kept."""
         numbers = max(self.posterior.gaussian.local_loc.numel(), 1)
         number = min(_DRAWS, max(_IN_ALL // numbers, _LEAST))
         size = max(1, min(number, _AT_ONCE // numbers))
@@ -192,7 +149,7 @@ class _Panels:
         return [numpy.concatenate(part) for part in parts]
 
     def intervals_of_reference(self, known: Any) -> list[Vector]:
-        """5, 50 and 95 % quantiles of a reference, ``(3, n)`` for each panel."""
+        """Return 5, 50 and 95 % quantiles of a reference, ``(3, n)`` for each panel."""
         if not isinstance(known, numpy.ndarray):
             stacked = numpy.stack([to_numpy(part) for part in (known.q05, known.q50, known.q95)])
         else:
@@ -201,6 +158,10 @@ class _Panels:
 
 
 def _extra(panels: _Panels, what: str, values: Any) -> Vector | None:
+    """Return what a user knows of each unit as numbers.
+
+    :raises ValueError: if it has another shape than the site.
+    """
     if values is None:
         return None
     array = to_numpy(values) if isinstance(values, Tensor) else numpy.asarray(values, dtype=float)
@@ -210,7 +171,7 @@ def _extra(panels: _Panels, what: str, values: Any) -> Vector | None:
 
 
 def _draw_units(axes: Any, quantiles: Vector, beside: Vector | None, extras: dict[str, Vector]) -> None:
-    """Quantiles ``(5, n)`` of the posterior at 0 ... n - 1, and what else there is beside or behind each."""
+    """Draw quantiles ``(5, n)`` of the posterior at 0 ... n - 1, and what else there is beside or behind each."""
     at = numpy.arange(quantiles.shape[1])
     shift = 0.0 if beside is None else 0.18
     size = float(numpy.clip(120 / len(at), 0.8, 4))
@@ -244,7 +205,7 @@ def _limit(axes: Any, at: Any, seen: Vector, extras: dict[str, Vector]) -> None:
         top = min(max(top, there.max()), high + 0.3 * (high - low))
     for beyond, edge, marker in ((raw < bottom, 0, "v"), (raw > top, 1, "^")):
         level = numpy.full(beyond.sum(), edge)
-        axes.plot(at[beyond], level, marker, color=RAW, **_ON_EDGE, transform=axes.get_xaxis_transform())
+        axes.plot(at[beyond], level, marker, color=RAW, **ON_EDGE, transform=axes.get_xaxis_transform())
     axes.set_ylim(bottom, top)
     axes.set_xlim(-0.8, len(at) - 0.2)
 
@@ -277,54 +238,3 @@ def _units_legend(figure: Any, axes: Any, has_reference: bool, extras: dict[str,
     if extras["truth"] is not None:
         entries["truth"] = line([], [], color=JOINT, marker="x", linestyle="none", markersize=4)
     figure.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=len(entries), frameon=False)
-
-
-def _tails(found: Any) -> UnitTails:
-    if not isinstance(found, Diagnosis):
-        posterior_of(found)
-        return unit_tails(found)
-    if found.unit_tails is None:
-        raise ValueError(f"the diagnosis has not looked at the units: {found.verdict}")
-    return found.unit_tails
-
-
-def _k_range(k_hat: Vector) -> tuple[float, float]:
-    finite = k_hat[numpy.isfinite(k_hat)]
-    low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 0.0)
-    return max(min(low, 0.0), -1.0) - 0.05, min(max(high, K_GOOD + 0.1), 2.0) + 0.08
-
-
-def _draw_k_hats(axes: Any, tails: UnitTails, low: float, high: float) -> None:
-    """A point for each unit, whose shape tells the level too; triangles at the edges of the axes for those beyond."""
-    bad, doubtful = ~(tails.k_hat <= K_GOOD), tails.k_hat > _DOUBTFUL
-    for which, color, marker in ((~doubtful, MARGINAL, "o"), (doubtful & ~bad, UNAMORTIZED, "s"), (bad, JOINT, "D")):
-        inside = which & (tails.k_hat >= low) & (tails.k_hat <= high)
-        axes.plot(tails.units[inside], tails.k_hat[inside], marker, color=color, markersize=3.5, markeredgewidth=0)
-    at_edge = {"linestyle": "none", "markersize": 4, **_ON_EDGE, "transform": axes.get_xaxis_transform()}
-    above, below = tails.units[~(tails.k_hat <= high)], tails.units[tails.k_hat < low]
-    axes.plot(above, numpy.ones(len(above)), marker="^", color=JOINT, **at_edge)
-    axes.plot(below, numpy.zeros(len(below)), marker="v", color=MARGINAL, **at_edge)
-
-
-def _looked_at(tails: UnitTails) -> str:
-    looked, bad = len(tails.units), int((~(tails.k_hat <= K_GOOD)).sum())
-    units = f"{tails.num_units} unit{'s' if tails.num_units != 1 else ''}"
-    which = units if looked == tails.num_units else f"{looked} of {units}, those whose weights vary most"
-    return f"{which}; {bad} above {K_GOOD:g}"
-
-
-def _name_worst(axes: Any, tails: UnitTails, high: float) -> None:
-    """The numbers of the worst units that a normal does not do for, or is doubtful for, beside their points."""
-    worst = tails.k_hat.argsort()[::-1][:_WORST]
-    for index in worst[tails.k_hat[worst] > _DOUBTFUL]:
-        unit, height = int(tails.units[index]), min(float(tails.k_hat[index]), high - 0.02)
-        right = unit > 0.9 * tails.num_units
-        axes.annotate(
-            str(unit),
-            (unit, height),
-            (-4 if right else 4, 0),
-            textcoords="offset points",
-            fontsize=7,
-            ha="right" if right else "left",
-            va="center",
-        )

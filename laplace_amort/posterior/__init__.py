@@ -6,6 +6,7 @@ from laplace_amort.posterior.likelihood import ConditionalLikelihood, LogLikelih
 from laplace_amort.posterior.posterior import Posterior, gaussian_sample, marginal_sample
 from laplace_amort.posterior.predictive import ConditionedUnits, NewUnits, SeenUnits, Units, posterior_for, predictive
 from laplace_amort.posterior.psis import K_GOOD, pareto_smoothed
+from laplace_amort.posterior.quantiles import weighted_quantiles
 from laplace_amort.posterior.tables import globals_table, records_frame, require_pandas
 from laplace_amort.posterior.unit_draws import LinearUnits, NestedUnits, WeightedUnits
 
@@ -35,4 +36,5 @@ __all__ = [
     "predictive",
     "records_frame",
     "require_pandas",
+    "weighted_quantiles",
 ]

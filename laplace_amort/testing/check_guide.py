@@ -149,6 +149,7 @@ def check_guide(
 
 @contextlib.contextmanager
 def _preserved_state(seed: int) -> Iterator[None]:
+    """Seed all generators, and put them back."""
     state = pyro.util.get_rng_state()
     pyro.set_rng_seed(seed)
     try:
@@ -158,6 +159,10 @@ def _preserved_state(seed: int) -> Iterator[None]:
 
 
 def _guide_trace(guide: Any, seed: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> poutine.Trace:
+    """Run the guide once.
+
+    :raises GuideCheckError: if it draws nothing, or draws what is not reparameterized.
+    """
     pyro.set_rng_seed(seed)
     with poutine.block():
         trace = poutine.trace(guide).get_trace(*args, **kwargs)
@@ -175,7 +180,7 @@ def _guide_trace(guide: Any, seed: int, args: tuple[Any, ...], kwargs: dict[str,
 
 
 def _leaves(model: Any, guide: Any, seed: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
-    """The unconstrained parameters of both, by name."""
+    """Find the unconstrained parameters of both, by name."""
     pyro.set_rng_seed(seed)
     with poutine.block(), poutine.trace(param_only=True) as capture:
         guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
@@ -189,6 +194,10 @@ def _leaves(model: Any, guide: Any, seed: int, args: tuple[Any, ...], kwargs: di
 
 
 def _loss(settings: CheckSettings, tolerance: float, *call: Any) -> Callable[[], float]:
+    """Return the loss, with common random numbers, as a function of the parameters as they stand.
+
+    :raises GuideCheckError: if it differs from run to run.
+    """
     model, guide, args, kwargs = call
     elbo: Any = settings.elbo
     pyro.set_rng_seed(settings.seed)
@@ -209,6 +218,7 @@ def _loss(settings: CheckSettings, tolerance: float, *call: Any) -> Callable[[],
 
 
 def _gradient(settings: CheckSettings, leaves: dict[str, Tensor], *call: Any) -> Callable[[], dict[str, Tensor]]:
+    """Return the gradients of the loss, with common random numbers, as a function of the parameters as they stand."""
     model, guide, args, kwargs = call
     elbo: Any = settings.elbo
 

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from laplace_amort.autodiff import CURVATURE, ancestors_of, is_dual_edge
+from laplace_amort.autodiff import CURVATURE, ancestors_of, fixed_normal, is_dual_edge
 from laplace_amort.model import LogJoint
 from laplace_amort.testing.expected import ExpectedPrecision
 from laplace_amort.testing.finite_differences import derivative
 from laplace_amort.testing.gaussian import GuideGaussian, base_distribution
 from laplace_amort.testing.report import CheckRow
+from laplace_amort.types import element_name
 
 __all__ = ["Subject", "gradients", "log_density", "partial_hessian", "path_leaks"]
 
@@ -45,7 +46,7 @@ class Subject:
     note: str = ""
 
     def notes(self) -> tuple[str, ...]:
-        """Sentences for the end of the report."""
+        """Return sentences for the end of the report."""
         checked = [
             f"{name}: {self.max_elements} of {leaf.numel()} elements, drawn at random"
             for name, leaf in self.leaves.items()
@@ -115,7 +116,7 @@ def log_density(subject: Subject) -> Iterator[CheckRow]:
     """Compare what the sites of the guide sum up to with the pushed-forward density of what it draws."""
     gaussian = subject.gaussian
     base_mean, precision = (moment.detach() for moment in gaussian.base_moments())
-    base = base_mean + precision.diagonal().rsqrt() * torch.linspace(-1, 1, len(base_mean)).to(base_mean)
+    base = base_mean + precision.diagonal().rsqrt() * fixed_normal(base_mean)
     log_volume = torch.linalg.slogdet(gaussian.jacobian(base))[1]
     expected = gaussian.log_q(base) - log_volume - gaussian.log_joint.log_jacobian(gaussian.to_model(base))
     found: Any = gaussian.trace(base).log_prob_sum()
@@ -136,10 +137,9 @@ def gradients(subject: Subject) -> Iterator[CheckRow]:
             scale = torch.maximum(expected[q].abs().max(), views.floors[q])
             relative = (found[q] - expected[q]).abs() / scale
             worst = int(relative.argmax())
-            index = _index(int(chosen[worst]), leaf.shape)
             yield CheckRow(
                 quantity,
-                f"{name}{list(index) if index else ''}",
+                element_name(name, _index(int(chosen[worst]), leaf.shape)),
                 float(found[q, worst]),
                 float(expected[q, worst]),
                 float(relative[worst]),
@@ -160,17 +160,17 @@ class _Views:
         self.subject = subject
         sites = subject.gaussian.log_joint.sites
         self.names = ["ELBO gradient", *(f"{what} of '{name}'" for what in ("mean", "precision") for name in sites)]
-        generator = torch.Generator().manual_seed(1)
-        size = subject.gaussian.log_joint.size
-        self.left = torch.zeros(len(sites), size, dtype=torch.float64)
-        for view, site in zip(self.left, sites.values(), strict=True):
-            view[site.slice] = torch.randn(site.shape.numel(), generator=generator, dtype=torch.float64)
-        self.right = torch.randn(size, generator=generator, dtype=torch.float64)
+        numbers = torch.zeros(2, subject.gaussian.log_joint.size, dtype=torch.float64)
+        left, self.right = fixed_normal(numbers, seed=1)
+        own = torch.zeros(len(sites), len(left), dtype=torch.float64)
+        for view, site in zip(own, sites.values(), strict=True):
+            view[site.slice] = 1.0
+        self.left = own * left
 
         mean, precision = (moment.detach().double().cpu() for moment in subject.gaussian.moments())
-        spread, left = mean.abs() + precision.diagonal().rsqrt(), self.left.abs()
+        spread, sizes = mean.abs() + precision.diagonal().rsqrt(), self.left.abs()
         loss = torch.tensor([1 + abs(subject.loss())], dtype=torch.float64)
-        self.floors = 1e-3 * torch.cat([loss, left @ spread, left @ precision.abs() @ self.right.abs()])
+        self.floors = 1e-3 * torch.cat([loss, sizes @ spread, sizes @ precision.abs() @ self.right.abs()])
 
         leaves = list(subject.leaves.values())
         gradients = [torch.autograd.grad(v, leaves, retain_graph=True, allow_unused=True) for v in self._moments()]
@@ -183,16 +183,17 @@ class _Views:
         }
 
     def _moments(self) -> Tensor:
+        """Return the views of mean and precision, differentiable in the parameters."""
         mean, precision = self.subject.gaussian.moments()
         left, right = self.left.to(mean), self.right.to(mean)
         return torch.cat([left @ mean, left @ precision @ right])
 
     def autograd(self, name: str, chosen: Tensor) -> Tensor:
-        """Derivatives ``(Q, K)`` in the chosen elements of a parameter, as autograd has them."""
+        """Return derivatives ``(Q, K)`` in the chosen elements of a parameter, as autograd has them."""
         return self.by_leaf[name].reshape(len(self.names), -1).double().cpu()[:, chosen]
 
     def finite_differences(self, name: str, chosen: Tensor) -> tuple[Tensor, Tensor]:
-        """The same by finite differences, with estimates of their errors."""
+        """Return those derivatives by finite differences, with estimates of their errors."""
         leaf, subject = self.subject.leaves[name], self.subject
         columns = [
             derivative(
@@ -207,6 +208,7 @@ class _Views:
         return torch.stack(values, dim=-1), torch.stack(errors, dim=-1)
 
     def _displaced(self, leaf: Tensor, index: tuple[int, ...], h: float) -> Tensor:
+        """Return all numbers with one element of a parameter moved by ``h``."""
         original = leaf.data[index].clone()
         try:
             leaf.data[index] = original + h
@@ -217,11 +219,11 @@ class _Views:
 
 
 def _index(position: int, shape: torch.Size) -> tuple[int, ...]:
-    """Index of an element by its position in the flattened tensor."""
+    """Find the index of an element by its position in the flattened tensor."""
     return tuple(int(i) for i in torch.unravel_index(torch.tensor(position), shape)) if shape else ()
 
 
 def _element(log_joint: LogJoint, position: int) -> str:
-    """Name of the site and index of the element at a position in the packed vector."""
+    """Name the element at a position in the packed vector."""
     site = next(site for site in log_joint.sites.values() if position < site.slice.stop)
-    return f"{site.name}{list(_index(position - site.start, site.shape)) if site.shape else ''}"
+    return element_name(site.name, _index(position - site.start, site.shape))

@@ -115,17 +115,17 @@ class JointPrecision:
         return tail.index_put(where, repaired), report
 
     def _addition(self, units: _Units, point: Tensor, schur: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
-        """What is added to the Schur complement ``(d, d)``, and its error: nothing."""
+        """Return what is added to the Schur complement ``(d, d)``, and its error: nothing."""
         return torch.zeros_like(schur), torch.zeros_like(schur)
 
 
 @dataclass(frozen=True)
 class MarginalPrecision(JointPrecision):
-    r"""The same with the marginal curvature as its head.
+    r"""The block arrowhead of :class:`~laplace_amort.AutoLaplaceFamily` with the marginal curvature as its head.
 
-    To the Schur complement comes the Hessian of :math:`\frac12 \sum_i \log|U_i(\theta, \hat y(\theta))|`, by second
-    differences of that sum: at every :math:`\theta` the modes :math:`\hat y` are searched anew, and the determinant is
-    that of the dense information of all units.
+    To the Schur complement of :class:`JointPrecision` comes the Hessian of
+    :math:`\frac12 \sum_i \log|U_i(\theta, \hat y(\theta))|`, by second differences of that sum: at every :math:`\theta`
+    the modes :math:`\hat y` are searched anew, and the determinant is that of the dense information of all units.
     """
 
     def _addition(self, units: _Units, point: Tensor, schur: Tensor, head: Tensor) -> tuple[Tensor, Tensor]:
@@ -186,7 +186,7 @@ class _Units:
         return observed_information(functools.partial(self._value, theta), local).detach()
 
     def _mode(self, theta: Tensor, local: Tensor) -> Tensor:
-        """Damped Newton on all units at once, down to where steps are rounding errors."""
+        """Search by damped Newton for all units at once, down to where steps are rounding errors."""
         smallest = 16 * torch.finfo(local.dtype).eps
         for _ in range(_MAX_STEPS):
             point = local.detach().requires_grad_()

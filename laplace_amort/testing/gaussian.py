@@ -17,7 +17,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from laplace_amort.autodiff import observed_information
+from laplace_amort.autodiff import fixed_normal, observed_information
 from laplace_amort.errors import GuideCheckError
 from laplace_amort.model import LogJoint
 
@@ -25,7 +25,7 @@ __all__ = ["GuideGaussian", "base_distribution", "is_base_site"]
 
 
 def is_base_site(node: Any) -> bool:
-    """Whether a site of a guide is drawn, and not a ``Delta``, a factor, or the indices of a plate."""
+    """Say whether a site of a guide is drawn, and not a ``Delta``, a factor, or the indices of a plate."""
     return (
         node["type"] == "sample"
         and not node["is_observed"]
@@ -94,7 +94,7 @@ class GuideGaussian:
         :raises GuideCheckError: if they differ.
         """
         mean, precision = (moment.detach() for moment in self.base_moments())
-        points = mean, mean + precision.diagonal().rsqrt()
+        points = mean, mean + precision.diagonal().rsqrt() * fixed_normal(mean)
         pairs = [(self.jacobian(point), observed_information(self.log_q, point)) for point in points]
         for here, there in zip(*pairs, strict=True):
             if (here - there).abs().max() > 1e-4 * here.abs().max():
@@ -120,7 +120,7 @@ class GuideGaussian:
         return self._image(base)[1]
 
     def _image(self, base: Tensor) -> tuple[Tensor, Tensor]:
-        """The latents ``(D,)`` and their derivative ``(D, D)``, from one run of the guide."""
+        """Return the latents ``(D,)`` and their derivative ``(D, D)``, from one run of the guide."""
         self._check_size(base)
         with torch.enable_grad():
             point = base.detach().requires_grad_() if not base.requires_grad else base

@@ -53,6 +53,7 @@ def laplace_amort_check() -> Iterator[GuideCheck]:
 
 
 def _check(model: Any, guide: Any, *args: Any, settings: CheckSettings | None = None, **kwargs: Any) -> CheckReport:
+    """Check a guide, and fail the test with the table of the report."""
     __tracebackhide__ = True
     try:
         return check_guide(model, guide, *args, settings=settings, **kwargs)
@@ -63,6 +64,7 @@ def _check(model: Any, guide: Any, *args: Any, settings: CheckSettings | None = 
 
 @contextmanager
 def _clean_slate() -> Iterator[None]:
+    """Set what every check starts from, and put it back."""
     dtype, random = torch.get_default_dtype(), pyro.util.get_rng_state()
     with ExitStack() as stack:
         stack.callback(torch.set_default_dtype, dtype)

@@ -41,7 +41,7 @@ class CheckRow:
 
     @property
     def verdict(self) -> str:
-        """``ok``, ``FAILED`` or ``UNDECIDED``."""
+        """How the comparison came out: ``ok``, ``FAILED`` or ``UNDECIDED``."""
         return "ok" if self.ok else "UNDECIDED" if self.undecided else "FAILED"
 
 

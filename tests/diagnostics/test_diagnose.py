@@ -4,6 +4,7 @@ All draws are of fixed seeds; the planted failures are far beyond what another s
 """
 
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -143,6 +144,9 @@ def test_gaussian_model_passes_everything(objective):
     assert [one.name for one in found.findings if one.name != "k-hat, correction"] == NAMES
     assert found.verdict.startswith("It fits")
     assert not found.advice
+    values = " ".join(one.value for one in found.findings)
+    assert "under 0.001 sd" in values
+    assert not re.search(r"\de-", values)  # rounding errors differ from machine to machine
 
 
 # -------------------------------------------------------------------------------------------------------------- for use

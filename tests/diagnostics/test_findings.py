@@ -1,14 +1,17 @@
-"""Findings, their verdict, and how far two posteriors are apart."""
+"""Findings, their verdict, what counts as bad, and how far two posteriors are apart."""
 
 import math
 from types import SimpleNamespace
 
+import numpy
 import pytest
 import torch
 from helpers.fit_models import gaussian, guide_for
 
 from laplace_amort import Diagnosis, Finding, Level, MarginalLaplace, fit
-from laplace_amort.diagnostics.comparison import compare
+from laplace_amort.diagnostics.comparison import Comparison, compare
+from laplace_amort.diagnostics.consistency import Consistency
+from laplace_amort.diagnostics.thresholds import SCORES, Accuracy, Bounds
 
 LEVELS = [Level.GOOD, Level.UNKNOWN, Level.DOUBTFUL, Level.BAD]
 
@@ -74,6 +77,32 @@ def test_long_sentences_are_broken():
 def test_next_line_stands_at_the_end_if_there_is_one():
     assert str(of(Level.BAD, advice="fit(model)")).endswith("\n\nNext:\n    fit(model)")
     assert "Next" not in str(of(Level.BAD))
+
+
+# ----------------------------------------------------------------------------------------------------------- thresholds
+
+
+def test_bounds_count_as_the_better_level():
+    bounds = Bounds(0.1, 0.3)
+    levels = [bounds.level(value) for value in (-math.inf, 0.1, 0.2, 0.3, 0.31, math.inf, math.nan)]
+    assert levels == [Level.GOOD] * 2 + [Level.DOUBTFUL] * 2 + [Level.BAD] * 3
+    assert bounds.beyond(0.25).level(0.31) is Level.GOOD
+
+
+def test_the_worse_of_two_numbers_counts():
+    accuracy = Accuracy(mean=Bounds(0.1, 0.3), sd=Bounds(0.2, 0.4))
+    assert accuracy.level(Comparison(0.1, 0.2, "mu")) is Level.GOOD
+    assert accuracy.level(Comparison(0.2, 0.2, "mu")) is Level.DOUBTFUL
+    assert accuracy.level(Comparison(0.1, 0.5, "mu")) is Level.BAD
+    assert accuracy.beyond(0.1).level(Comparison(0.2, 0.5, "mu")) is Level.DOUBTFUL
+
+
+@pytest.mark.parametrize(("p_value", "bias", "expected"), [
+    (0.01, 0.5, Level.GOOD), (1e-4, 0.05, Level.GOOD), (1e-4, -0.2, Level.DOUBTFUL), (1e-4, -0.5, Level.BAD),
+])  # fmt: skip
+def test_a_bias_counts_where_chance_does_not_explain_it(p_value, bias, expected):
+    found = Consistency(numpy.array([0.0, bias]), numpy.array([0.1, 0.1]), p_value, 100, 0)
+    assert SCORES.level(found) is expected
 
 
 # ----------------------------------------------------------------------------------------------------------- comparison
