@@ -9,7 +9,7 @@ import numpy
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["Density", "Status", "Vector"]
+__all__ = ["Density", "Status", "Vector", "to_numpy"]
 
 # What optimizers move: parameters in one row, in double precision.
 Vector = NDArray[numpy.float64]
@@ -39,3 +39,13 @@ class Status(IntEnum):
 
     def __str__(self) -> str:
         return self.sentence
+
+
+def to_numpy(tensor: Tensor) -> Vector:
+    """Return the values of a tensor in double precision, without its graph.
+
+    :param Tensor tensor: of any shape, real type and device.
+    :return: an array of that shape.
+    """
+    values: Vector = tensor.detach().cpu().double().numpy()
+    return values

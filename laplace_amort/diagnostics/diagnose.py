@@ -170,7 +170,9 @@ def _reference(result: FitResult, seed: int) -> Posterior:
     rule = _next_rule(result)
     globals_ = marginal_sample(integrals, rule, gaussian, result.seed + seed)
     averaged = max(_LEAST, _AVERAGED // max(gaussian.local_loc.numel(), 1))
-    return Posterior(gaussian, globals_, WeightedUnits(gaussian, integrals, rule), result.posterior.seed, averaged)
+    return Posterior(
+        result.problem, gaussian, globals_, WeightedUnits(gaussian, integrals, rule), result.posterior.seed, averaged
+    )
 
 
 def _against_next_rung(result: FitResult, seed: int) -> Iterator[Finding]:
