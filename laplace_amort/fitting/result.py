@@ -127,7 +127,7 @@ class FitResult:
         return self.summary()
 
     def headline(self) -> str:
-        """Return what is to be said of the fit before any table: how it ended and where, repairs, other optima, notes."""
+        """Return what is to be said of a fit before any table: how it ended, where, repairs, other optima, notes."""
         lines = [f"{self.status.name}: {self.status}", self._where(), *self._repairs()]
         if len(self.optima) > 1:
             found = ", ".join(f"{optimum.objective:.6g} ({optimum.num_starts} starts)" for optimum in self.optima)

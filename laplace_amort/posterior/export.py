@@ -111,10 +111,12 @@ def export(
 ) -> Groups:
     """Return the groups of a posterior; see :meth:`Posterior.to_arviz`."""
     refuse_minibatch(posterior)
-    posterior = posterior.refined(num_samples)
+    log_evidence, posterior = posterior.log_evidence, posterior.refined(num_samples)
     globals_, locals_ = posterior.sample_unconstrained(num_samples, seed)
     sites = observed_sites(posterior.gaussian.unit_model)
     groups = Groups(attrs={**attrs, **_about(posterior, globals_)})
+    if not math.isnan(log_evidence):
+        groups.attrs["log_evidence"] = float(log_evidence)
     with torch.random.fork_rng(devices=[]), torch.no_grad(), pyro.validation_enabled(False):
         torch.manual_seed(seed)
         drawn = all_units(posterior, posterior.gaussian.constrained(globals_, locals_))
@@ -204,14 +206,13 @@ def _add_log_likelihood(groups: Groups, found: Mapping[str, Pointwise]) -> None:
 def _about(posterior: PosteriorDraws, globals_: Tensor) -> dict[str, Any]:
     """Say what wrote the file, and how good the draws are."""
     found = posterior.globals_
-    about: dict[str, Any] = {
+    return {
         "inference_library": "laplace_amort",
         "inference_library_version": importlib.metadata.version("laplace_amort"),
         "weighted_draws_of_globals": len(found.draws),
         "distinct_draws_of_globals": len(torch.unique(globals_, dim=0)) if globals_.shape[1] else 1,
         "k_hat": float(found.k_hat),
     }
-    return about if math.isnan(posterior.log_evidence) else {**about, "log_evidence": float(posterior.log_evidence)}
 
 
 def _add_labels(

@@ -154,8 +154,8 @@ def _refuse_lost_modes(values: Tensor, globals_: Tensor, model: UnitModel) -> No
     draw, unit = values.isnan().nonzero()[0].tolist()
     raise ModeNotFoundError(
         f"the mode of {model.describe(unit)} was not found at globals {globals_[draw].tolist()}, so that its "
-        f"likelihood is not known ({int(values.isnan().any(0).sum())} units in all). See diagnose(result), or leave the "
-        "likelihood out:\n    to_arviz(log_likelihood=None)",
+        f"likelihood is not known ({int(values.isnan().any(0).sum())} units in all). See diagnose(result), or leave "
+        "the likelihood out:\n    to_arviz(log_likelihood=None)",
         units=[int(model.units[unit])],
     )
 

@@ -113,6 +113,25 @@ def test_refined_integrates_over_units_as_before():
     assert abs(after - before) < 0.3 * abs(found[MarginalLaplace][1] - before)
 
 
+@pytest.mark.parametrize("objective", [FixedDrawELBO(accuracy=0.2), MarginalLaplace()])
+def test_the_posterior_of_new_units(objective):
+    """Their data, their draws, and their likelihoods: of these units those of a fit to them."""
+    new = poisson_counts(4, seed=3)
+    fitted_ = fit(poisson, guide_for(poisson), poisson_counts(6), objective=objective)
+    posterior = fitted_.posterior_for(new)
+    made = posterior.to_arviz(**FEW, seed=5, attrs={"about": "four more"})
+    assert numpy.array_equal(made["observed_data"]["z"].values, new.numpy())
+    assert made["posterior_predictive"]["z"].shape == (1, 40, 3, 4)
+    assert made["log_likelihood"]["marginal"].shape == (1, 40, 4)
+    assert made.attrs["about"] == "four more"
+    assert "objective" not in made.attrs
+    known = fitted_.posterior_for(poisson_counts(6)).to_arviz(**FEW, seed=5)
+    expected = fitted_.to_arviz(**FEW, seed=5)
+    for group, name in (("posterior", "mu"), ("posterior", "y"), ("log_likelihood", "marginal")):
+        found = known[group][name].values
+        numpy.testing.assert_allclose(found, expected[group][name].values, rtol=1e-6, atol=1e-6)
+
+
 def test_no_groups_that_are_not_asked_for(result):
     made = result.to_arviz(num_samples=5, prior_samples=0, log_likelihood=None)
     assert sorted(names_of_groups(made)) == ["observed_data", "posterior", "posterior_predictive"]
