@@ -133,17 +133,17 @@ class PosteriorDraws:
         """Return which axis of the constrained value of a local site holds the units."""
         return self.gaussian.unit_model.unit_axis(name)
 
+    def weighted_globals(self) -> tuple[Tensor, Tensor]:
+        """Return the draws of the globals, ``(S, d)``, and their weights, ``(S,)``."""
+        loc = self.gaussian.global_loc
+        return torch.from_numpy(self.globals_.draws).to(loc), torch.from_numpy(self.globals_.weights).to(loc)
+
     def _drawn(self, num_samples: int, seed: int | None) -> Iterator[tuple[Tensor, Tensor]]:
         """Draws of globals and units, in pieces."""
         generator = torch.Generator().manual_seed(self.seed if seed is None else seed)
         globals_ = self._resampled(num_samples, generator)
         for some in globals_.split(self.units.chunk()):
             yield some, self.units.draw(some, generator)
-
-    def weighted_globals(self) -> tuple[Tensor, Tensor]:
-        """Return the draws of the globals, ``(S, d)``, and their weights, ``(S,)``."""
-        loc = self.gaussian.global_loc
-        return torch.from_numpy(self.globals_.draws).to(loc), torch.from_numpy(self.globals_.weights).to(loc)
 
     def _resampled(self, num_samples: int, generator: torch.Generator) -> Tensor:
         """Draws of the globals in random order, each as often as its share calls for, ``(num_samples, d)``."""
