@@ -142,9 +142,11 @@ def test_it_is_made_once_and_stays_when_the_guide_moves_on():
     with torch.no_grad():
         moved.guide.loc.add_(1.0)
     assert result.posterior is result.posterior
-    assert torch.equal(joined(moved.posterior.mean()), joined(result.posterior.mean()))
+    # Two fits, which may differ by rounding errors: far less than the guide moved.
+    torch.testing.assert_close(joined(moved.posterior.mean()), joined(result.posterior.mean()), rtol=1e-6, atol=1e-6)
     fit(poisson, result.guide, poisson_counts(8, seed=3).double(), objective=MarginalLaplace())
-    assert torch.equal(joined(result.posterior.thinned(None).mean()), joined(moved.posterior.mean()))
+    again = joined(result.posterior.thinned(None).mean())
+    torch.testing.assert_close(again, joined(moved.posterior.mean()), rtol=1e-6, atol=1e-6)
 
 
 def test_a_fit_without_a_posterior_has_none(monkeypatch):
