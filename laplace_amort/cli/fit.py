@@ -31,7 +31,6 @@ from laplace_amort.cli.report import Report, diagnosis_text, needs_pandas, write
 from laplace_amort.cli.settings import default_dtype, positive
 from laplace_amort.cli.targets import current_directory_importable, strategy
 from laplace_amort.errors import NUMERICAL_ERRORS
-from laplace_amort.fitting import summary_lines
 from laplace_amort.posterior import require_pandas
 
 __all__ = ["OBJECTIVES", "add_parser", "run"]
@@ -193,12 +192,12 @@ def _show(result: FitResult, case: Case, options: argparse.Namespace) -> int:
     try:
         written = write_all(report, options.save, options.output, options.plot)
         if options.format == "csv":
-            print("\n".join(summary_lines(result)), file=sys.stderr)
+            print(result.headline(), file=sys.stderr)
             print(report.csv(), end="", flush=True)
         else:
             print(report.text(), flush=True)
     except KeyboardInterrupt:  # in the posterior: what is known of the fit is known
-        print("\n".join(summary_lines(result)), flush=True)
+        print(result.headline(), flush=True)
         raise
     trusted = _diagnosed(report, options)
     if result.status is FitStatus.INTERRUPTED:

@@ -42,4 +42,5 @@ def next_posterior(result: FitResult, seed: int) -> Posterior:
     rule = next_rule(result)
     globals_ = marginal_sample(integrals, rule, gaussian, result.seed + seed)
     averaged = max(_LEAST, _AVERAGED // max(gaussian.local_loc.numel(), 1))
-    return Posterior(gaussian, globals_, WeightedUnits(gaussian, integrals, rule), result.posterior.seed, averaged)
+    units = WeightedUnits(gaussian, integrals, rule)
+    return Posterior(result.problem, gaussian, globals_, units, result.posterior.seed, averaged)

@@ -9,7 +9,7 @@ from laplace_amort.fitting.objectives.laplace import MarginalLaplace
 from laplace_amort.fitting.objectives.nested import NestedELBO
 from laplace_amort.fitting.objectives.quadrature import MarginalQuadrature
 from laplace_amort.fitting.optimizers import QuasiNewton, TrustRegion
-from laplace_amort.fitting.result import FitResult, Optimum, summary_lines
+from laplace_amort.fitting.result import FitResult, Optimum
 from laplace_amort.fitting.stochastic import Stochastic
 
 __all__ = [
@@ -27,5 +27,4 @@ __all__ = [
     "Stochastic",
     "TrustRegion",
     "fit",
-    "summary_lines",
 ]

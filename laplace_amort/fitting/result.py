@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,22 +20,9 @@ from laplace_amort.fitting.history import Step
 from laplace_amort.fitting.objectives.base import Objective
 from laplace_amort.guide import AutoLaplaceFamily, LaplaceGaussian, Problem
 from laplace_amort.linalg import RepairReport
-from laplace_amort.posterior import (
-    Container,
-    LogLikelihood,
-    MarginalLikelihood,
-    Posterior,
-    SeenUnits,
-    Units,
-    export,
-    globals_table,
-    installed_container,
-    posterior_for,
-    predictive,
-    records_frame,
-)
+from laplace_amort.posterior import Posterior, SeenUnits, Units, globals_table, records_frame
 
-__all__ = ["FitResult", "Optimum", "summary_lines"]
+__all__ = ["FitResult", "Optimum", "load_saved"]
 
 _FORMAT = "laplace_amort fit 1"
 
@@ -135,111 +121,31 @@ class FitResult:
 
     def summary(self) -> str:
         """Return a table of the globals in constrained space, with how the fit ended above it."""
-        lines = summary_lines(self)
-        return "\n".join(lines if self.gaussian is None else [*lines, "", globals_table(self.gaussian)])
+        return self.headline() if self.gaussian is None else f"{self.headline()}\n\n{globals_table(self.gaussian)}"
 
     def __str__(self) -> str:
         return self.summary()
 
-    def predictive(
-        self,
-        units: Units = SeenUnits(),  # noqa: B008 (never changes)
-        *,
-        num_samples: int = 1000,
-        seed: int | None = None,
-        parallel: bool = False,
-    ) -> Predictive:
-        """Return Pyro's ``Predictive`` for this fit: call it with arguments of the model, or with none for the data.
+    def headline(self) -> str:
+        """Return what is to be said of a fit before any table: how it ended, where, repairs, other optima, notes."""
+        lines = [f"{self.status.name}: {self.status}", self._where(), *self._repairs()]
+        if len(self.optima) > 1:
+            found = ", ".join(f"{optimum.objective:.6g} ({optimum.num_starts} starts)" for optimum in self.optima)
+            lines.append(f"{len(self.optima)} optima were found: {found}")
+        return "\n".join([*lines, *self.notes])
 
-        Observed sites are drawn, whatever the arguments hold for them; draws of what is not given come from torch's
-        generator (``pyro.set_rng_seed``).
-
-        :param units: which are predicted: :class:`~laplace_amort.SeenUnits`, :class:`~laplace_amort.NewUnits`, or
-            :class:`~laplace_amort.ConditionedUnits`, new ones that have data.
-        :param int num_samples: number of draws.
-        :param int seed: of the draws of the posterior.
-        :param bool parallel: of ``Predictive``: one run for all draws, for models that take a dimension on the left.
-        :return: called, it gives values ``(num_samples, *shape)`` by site.
-        :raises ModelError: when called, if plates have other sizes than there are draws for; the message has the line
-            to type. And now, for units that were fitted in minibatches.
-
-        Example::
-
-            >>> import pyro, torch, pyro.distributions as dist
-            >>> from laplace_amort import AutoLaplaceFamily, MarginalLaplace, NewUnits, fit
-            >>> def model(z, size):
-            ...     mu = pyro.sample("mu", dist.Normal(0., 1.))
-            ...     with pyro.plate("units", size):
-            ...         y = pyro.sample("y", dist.Normal(mu, 1.))
-            ...         pyro.sample("z", dist.Normal(y, 1.), obs=z)
-            >>> pyro.clear_param_store()
-            >>> result = fit(model, AutoLaplaceFamily(model), torch.tensor([1., 3.]), 2, objective=MarginalLaplace())
-            >>> result.predictive()()["z"].shape
-            torch.Size([1000, 2])
-            >>> result.predictive(NewUnits())(None, 5)["z"].shape
-            torch.Size([1000, 5])
-        """
-        return predictive(self.posterior, self.problem, units, num_samples, seed, parallel)
+    def predictive(self, units: Units = SeenUnits(), **options: Any) -> Predictive:  # noqa: B008 (never changes)
+        """Return Pyro's ``Predictive`` for this fit; see :meth:`Posterior.predictive` for its options."""
+        return self.posterior.predictive(units, **options)
 
     def posterior_for(self, *args: Any, **kwargs: Any) -> Posterior:
-        """Return the posterior of new units given their data, without a refit: what amortization is for.
+        """Return the posterior of new units given their data, without a refit; see :meth:`Posterior.posterior_for`."""
+        return self.posterior.posterior_for(*args, **kwargs)
 
-        The globals stay as they were fitted; for each of their draws, modes, curvatures and points of the new units are
-        found as those of the fit were. It costs a few evaluations of the model.
-
-        :param args: arguments of the model with the data of the new units.
-        :param kwargs: its keyword arguments.
-        :return: a posterior like that of the fit, with the new units in the place of the old.
-        :raises ModelError: if the model has other latents than in the fit, or subsamples.
-        :raises ModeNotFoundError: naming the units whose mode was not found.
-        """
-        return posterior_for(self.posterior, self.problem, args, kwargs)
-
-    def to_arviz(
-        self,
-        *,
-        num_samples: int = 1000,
-        prior_samples: int = 500,
-        log_likelihood: LogLikelihood | None = MarginalLikelihood(),  # noqa: B008 (never changes)
-        coords: Mapping[str, Any] | None = None,
-        dims: Mapping[str, Sequence[str]] | None = None,
-        seed: int | None = None,
-        container: Container | None = None,
-    ) -> Any:
-        """Return the fit for ArviZ, as one chain of independent draws: an ``xarray.DataTree``, or before version 1 of
-        ArviZ an ``InferenceData``.
-
-        Its groups are ``posterior``, ``posterior_predictive``, ``prior``, ``prior_predictive``, ``observed_data``,
-        ``constant_data`` (tensors among the arguments of the model) and ``log_likelihood``. Dimensions bear the names
-        of plates. Attributes say how the fit ended. Diagnostics of chains, such as R-hat, say nothing here.
-
-        :param int num_samples: draws of the posterior. Globals are drawn by importance sampling, with enough of them
-            that few repeat; the attribute ``distinct_draws_of_globals`` says how many are different.
-        :param int prior_samples: draws of the prior; 0 for none.
-        :param log_likelihood: what ``loo`` leaves out: :class:`~laplace_amort.MarginalLikelihood`, a unit;
-            :class:`~laplace_amort.ConditionalLikelihood`, an observation of a unit that is known; None for no such
-            group.
-        :param coords: labels by dimension, as ``{"units": names_of_the_units}``.
-        :param dims: names of dimensions by variable, those of draws left out.
-        :param int seed: of all draws; torch's generator stays as it is.
-        :param container: :func:`~laplace_amort.posterior.export.as_datatree` or
-            :func:`~laplace_amort.posterior.export.as_inference_data`; by default what the installed ArviZ wants.
-        :raises ImportError: if ArviZ is not installed, with the line to type.
-        :raises ModelError: for units that were fitted in minibatches, or labels of a dimension that there is not.
-        :raises ValueError: if the fit ended where there is no posterior.
-        """
-        groups = export(
-            self.posterior,
-            self.problem,
-            self._attributes(),
-            num_samples=num_samples,
-            prior_samples=prior_samples,
-            log_likelihood=log_likelihood,
-            coords=coords or {},
-            dims=dims or {},
-            seed=self.seed if seed is None else seed,
-        )
-        return (container or installed_container())(groups)
+    def to_arviz(self, **options: Any) -> Any:
+        """Return the fit for ArviZ, with how it ended as attributes; see :meth:`Posterior.to_arviz` for its options."""
+        options["attrs"] = {**self._attributes(), **(options.get("attrs") or {})}
+        return self.posterior.to_arviz(**options)
 
     def history_to_frame(self) -> Any:
         """Return the history, a row for each evaluation in order.
@@ -250,17 +156,33 @@ class FitResult:
         names = [one.name for one in dataclasses.fields(Step)]
         return records_frame([dataclasses.asdict(step) for step in self.history], names)
 
+    def _where(self) -> str:
+        value = f"objective {self.objective:.6g}"
+        if self.standard_error:
+            value += f" ± {self.standard_error:.2g}"
+        draws = f", {self.num_draws} draws" if self.num_draws else ""
+        gradient = f"gradient {self.gradient_norm:.2g} posterior sd" if math.isfinite(self.gradient_norm) else ""
+        evaluations = f"{len(self.history)} evaluations{draws}, {self.seconds:.3g} s"
+        return "; ".join(part for part in (value, gradient, evaluations) if part)
+
+    def _repairs(self) -> list[str]:
+        lines = []
+        for what, report in (("globals", self.head_report), ("units", self.tail_report)):
+            if report is not None and report.num_repaired:
+                lines.append(f"the precision of the {what} is not that of a maximum: {report}")
+                if what == "globals" and self.num_draws and self.status is FitStatus.CONVERGED:
+                    lines[-1] += "; do not rely on the scales, integrate over the units:\n"
+                    lines[-1] += "    fit(model, guide, *args, objective=Ladder())"
+        return lines
+
     def _attributes(self) -> dict[str, Any]:
         """What a file of this fit should say about it: numbers and words."""
         found = {
-            "inference_library": "laplace_amort",
-            "inference_library_version": importlib.metadata.version("laplace_amort"),
             "objective": repr(self.maximized),
             "objective_value": float(self.objective),
             "status": self.status.name,
             "converged": int(self.status.ok),
             "message": str(self.status),
-            "log_evidence": float(self.posterior.log_evidence),
             "sampling_time": float(self.seconds),
             "notes": "\n".join(self.notes),
         }
@@ -296,30 +218,3 @@ def load_saved(resume: FitResult | str | Path) -> Any:
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise ResumeError(f"{resume} was not written by FitResult.save of this version, whose format is '{_FORMAT}'")
     return content["saved"]
-
-
-def summary_lines(result: Any) -> list[str]:
-    """Return what is to be said of a fit before any table.
-
-    :param FitResult result: the fit.
-    """
-    value = f"objective {result.objective:.6g}"
-    if result.standard_error:
-        value += f" ± {result.standard_error:.2g}"
-    draws = f", {result.num_draws} draws" if result.num_draws else ""
-    gradient = f"gradient {result.gradient_norm:.2g} posterior sd" if math.isfinite(result.gradient_norm) else ""
-    evaluations = f"{len(result.history)} evaluations{draws}, {result.seconds:.3g} s"
-    lines = [
-        f"{result.status.name}: {result.status}",
-        "; ".join(part for part in (value, gradient, evaluations) if part),
-    ]
-    for what, report in (("globals", result.head_report), ("units", result.tail_report)):
-        if report is not None and report.num_repaired:
-            lines.append(f"the precision of the {what} is not that of a maximum: {report}")
-            if what == "globals" and result.num_draws and result.status is FitStatus.CONVERGED:
-                lines[-1] += "; do not rely on the scales, integrate over the units:\n"
-                lines[-1] += "    fit(model, guide, *args, objective=Ladder())"
-    if len(result.optima) > 1:
-        found = ", ".join(f"{optimum.objective:.6g} ({optimum.num_starts} starts)" for optimum in result.optima)
-        lines.append(f"{len(result.optima)} optima were found: {found}")
-    return lines + list(result.notes)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,13 +15,12 @@ from pyro.infer import Predictive
 from torch import Tensor
 
 from laplace_amort.errors import ModelError
-from laplace_amort.guide import Problem
 from laplace_amort.model import ObservedSite, observed_sites, with_data_drawn
+from laplace_amort.posterior.draws import PosteriorDraws
 from laplace_amort.posterior.likelihood import LogLikelihood, Pointwise
-from laplace_amort.posterior.posterior import Posterior
 from laplace_amort.posterior.predictive import Drawn, all_units, predictive_of, refuse_minibatch
 
-__all__ = ["Container", "Groups", "as_datatree", "as_inference_data", "export", "installed_container"]
+__all__ = ["Groups", "as_datatree", "export"]
 
 _INSTALL = "python -m pip install 'laplace_amort[arviz]'"
 _WITHOUT_DRAWS = "observed_data", "constant_data"
@@ -77,12 +77,8 @@ class Groups:
         return {dim: labels for dim, labels in self.coords.items() if dim in used}
 
 
-# What makes of groups the object that a version of ArviZ works on.
-Container = Callable[[Groups], Any]
-
-
 def as_datatree(groups: Groups) -> Any:
-    """Return an ``xarray.DataTree``, for ArviZ from version 1 on and its parts.
+    """Return an ``xarray.DataTree``.
 
     :param Groups groups: what it is to hold.
     :raises ImportError: if arviz-base is not installed.
@@ -102,41 +98,8 @@ def as_datatree(groups: Groups) -> Any:
     return made
 
 
-def as_inference_data(groups: Groups) -> Any:
-    """Return an ``arviz.InferenceData``, for ArviZ before version 1.
-
-    :param Groups groups: what it is to hold.
-    :raises ImportError: if there is no such version.
-    """
-    try:
-        import arviz
-
-        make = arviz.InferenceData
-    except (ImportError, AttributeError) as error:
-        raise ImportError("an InferenceData needs ArviZ before version 1:\n    pip install 'arviz<1'") from error
-    datasets = {}
-    for group, values in groups.values.items():
-        options: dict[str, Any] = {"default_dims": []} if group in _WITHOUT_DRAWS else {}
-        options |= {"dims": groups.dims[group], "coords": groups.coords_of(group), "attrs": groups.attrs}
-        made = arviz.dict_to_dataset(values, **options)
-        scalars = [f"{name}_dim_0" for name, value in values.items() if not value.ndim]  # to which it adds a dimension
-        datasets[group] = made.squeeze(scalars, drop=True) if scalars else made
-    return make(attrs=dict(groups.attrs), **datasets)
-
-
-def installed_container() -> Container:
-    """Return what the installed ArviZ wants: :func:`as_inference_data` before version 1, else :func:`as_datatree`."""
-    try:
-        version = importlib.metadata.version("arviz")
-    except importlib.metadata.PackageNotFoundError:
-        return as_datatree
-    return as_inference_data if version.startswith("0.") else as_datatree
-
-
 def export(
-    posterior: Posterior,
-    problem: Problem,
-    attrs: Mapping[str, Any],
+    posterior: PosteriorDraws,
     *,
     num_samples: int,
     prior_samples: int,
@@ -144,31 +107,29 @@ def export(
     coords: Mapping[str, Any],
     dims: Mapping[str, Sequence[str]],
     seed: int,
+    attrs: Mapping[str, Any],
 ) -> Groups:
-    """Return the groups of a fit; see :meth:`FitResult.to_arviz`."""
-    refuse_minibatch(problem)
-    posterior = posterior.refined(num_samples)
+    """Return the groups of a posterior; see :meth:`Posterior.to_arviz`."""
+    refuse_minibatch(posterior)
+    log_evidence, posterior = posterior.log_evidence, posterior.refined(num_samples)
     globals_, locals_ = posterior.sample_unconstrained(num_samples, seed)
     sites = observed_sites(posterior.gaussian.unit_model)
-    groups = Groups(attrs={**attrs, **_about_draws(posterior, globals_)})
+    groups = Groups(attrs={**attrs, **_about(posterior, globals_)})
+    if not math.isnan(log_evidence):
+        groups.attrs["log_evidence"] = float(log_evidence)
     with torch.random.fork_rng(devices=[]), torch.no_grad(), pyro.validation_enabled(False):
         torch.manual_seed(seed)
         drawn = all_units(posterior, posterior.gaussian.constrained(globals_, locals_))
-        _add_posterior(groups, drawn, posterior, problem, sites)
+        _add_posterior(groups, drawn, posterior, sites)
         if prior_samples:
-            _add_prior(groups, problem, prior_samples)
-    _add_data(groups, problem, sites)
+            _add_prior(groups, posterior, prior_samples)
+    _add_data(groups, posterior, sites)
     if log_likelihood is not None:
         names = [name for name, site in sites.items() if not site.deterministic]
-        found = log_likelihood.evaluate(posterior, problem, names, globals_, locals_)
+        found = log_likelihood.evaluate(posterior, names, globals_, locals_)
         _add_log_likelihood(groups, found)
         groups.attrs["log_likelihood"] = repr(log_likelihood)
-    frame, units = posterior.gaussian.unit_model.layout.frame, posterior.gaussian.unit_model.units
-    groups.coords[frame.name] = units.cpu().numpy()
-    groups.rename(dims)
-    groups.separate()
-    groups.coords.update(coords)
-    _check_coords(groups, coords)
+    _add_labels(groups, posterior, dims, coords)
     return groups
 
 
@@ -182,26 +143,24 @@ def _plate_dims(name: str, shape: Sequence[int], event_dim: int, plates: Sequenc
     return dims
 
 
-def _add_posterior(
-    groups: Groups, drawn: Drawn, posterior: Posterior, problem: Problem, sites: dict[str, ObservedSite]
-) -> None:
+def _add_posterior(groups: Groups, drawn: Drawn, posterior: PosteriorDraws, sites: dict[str, ObservedSite]) -> None:
     for name, value in drawn.values.items():
         site = posterior.gaussian.unit_model.density.sites[name]
         dims = _plate_dims(name, value.shape[1:], site.constrained_event_dim, site.plates)
         groups.add("posterior", name, value, dims)
-    for name, predicted in predictive_of(drawn, posterior, problem)().items():
+    for name, predicted in predictive_of(drawn, posterior)().items():
         found = sites[name]
         value = predicted.reshape(len(predicted), *found.value.shape)
         dims = _plate_dims(name, found.value.shape, found.event_dim, found.plates)
         groups.add("posterior" if found.deterministic else "posterior_predictive", name, value, dims)
 
 
-def _add_prior(groups: Groups, problem: Problem, num_samples: int) -> None:
-    model, copied = problem.unit_model, {}
+def _add_prior(groups: Groups, posterior: PosteriorDraws, num_samples: int) -> None:
+    model, copied = posterior.gaussian.unit_model, {}
     for group in ("posterior", "posterior_predictive"):
         for name, dims in groups.dims.get(group, {}).items():
             copied[name] = group.replace("posterior", "prior"), groups.values[group][name].shape[2:], dims
-    free = with_data_drawn(problem.guide.model)
+    free = with_data_drawn(posterior.problem.guide.model)
     try:
         drawn = Predictive(free, num_samples=num_samples, return_sites=list(copied))(*model.args, **model.kwargs)
     except (NotImplementedError, ValueError, RuntimeError) as error:
@@ -213,24 +172,24 @@ def _add_prior(groups: Groups, problem: Problem, num_samples: int) -> None:
         groups.add(group, name, drawn[name].reshape(num_samples, *shape), dims)
 
 
-def _add_data(groups: Groups, problem: Problem, sites: dict[str, ObservedSite]) -> None:
+def _add_data(groups: Groups, posterior: PosteriorDraws, sites: dict[str, ObservedSite]) -> None:
     observed = [site for site in sites.values() if not site.deterministic]
     for site in observed:
         dims = _plate_dims(site.name, site.value.shape, site.event_dim, site.plates)
         groups.add("observed_data", site.name, site.value, dims)
     known = {dim for dims in groups.dims.values() for names in dims.values() for dim in names}
-    for argument, value in _arguments(problem).items():
+    for argument, value in _arguments(posterior).items():
         name = f"{argument}_data" if argument in known else argument  # plates keep their names
         if not any(value.shape == site.value.shape and torch.equal(value, site.value) for site in observed):
             groups.add("constant_data", name, value, _plate_dims(name, value.shape, 0, ()))
 
 
-def _arguments(problem: Problem) -> dict[str, Tensor]:
+def _arguments(posterior: PosteriorDraws) -> dict[str, Tensor]:
     """The tensors that the model was called with, by the names that it gives them."""
-    function: Any = problem.guide.model
+    model, function = posterior.gaussian.unit_model, posterior.problem.guide.model
     function = getattr(function, "forward", function)
     try:
-        bound = inspect.signature(function).bind(*problem.unit_model.args, **problem.unit_model.kwargs)
+        bound = inspect.signature(function).bind(*model.args, **model.kwargs)
     except (TypeError, ValueError):  # no signature to be had
         return {}
     return {name: value for name, value in bound.arguments.items() if isinstance(value, Tensor)}
@@ -244,14 +203,28 @@ def _add_log_likelihood(groups: Groups, found: Mapping[str, Pointwise]) -> None:
         groups.add("log_likelihood", name, values, known[: values.dim() - 1])
 
 
-def _about_draws(posterior: Posterior, globals_: Tensor) -> dict[str, Any]:
+def _about(posterior: PosteriorDraws, globals_: Tensor) -> dict[str, Any]:
+    """Say what wrote the file, and how good the draws are."""
     found = posterior.globals_
-    distinct = len(torch.unique(globals_, dim=0)) if globals_.shape[1] else 1
     return {
+        "inference_library": "laplace_amort",
+        "inference_library_version": importlib.metadata.version("laplace_amort"),
         "weighted_draws_of_globals": len(found.draws),
-        "distinct_draws_of_globals": distinct,
+        "distinct_draws_of_globals": len(torch.unique(globals_, dim=0)) if globals_.shape[1] else 1,
         "k_hat": float(found.k_hat),
     }
+
+
+def _add_labels(
+    groups: Groups, posterior: PosteriorDraws, dims: Mapping[str, Sequence[str]], coords: Mapping[str, Any]
+) -> None:
+    """Name dimensions as they are to be named, and label them: units by their numbers."""
+    model = posterior.gaussian.unit_model
+    groups.coords[model.layout.frame.name] = model.units.cpu().numpy()
+    groups.rename(dims)
+    groups.separate()
+    groups.coords.update(coords)
+    _check_coords(groups, coords)
 
 
 def _check_coords(groups: Groups, coords: Mapping[str, Any]) -> None:

@@ -16,14 +16,12 @@ from dataclasses import dataclass, field, replace
 import numpy
 import scipy.special
 
+from laplace_amort.posterior.proposals import DF, STRETCH, Normal, SplitT, matched_normal, split_along_axes
 from laplace_amort.posterior.psis import K_GOOD, pareto_smoothed
 from laplace_amort.types import Vector
-from laplace_amort.units import sobol_points, student_log_density, student_points
 
-__all__ = ["ImportanceSample", "ImportanceSampler", "matched_normal", "normal_sample"]
+__all__ = ["ImportanceSample", "ImportanceSampler", "normal_sample"]
 
-# Of the proposals: tails that are heavier than those of any posterior in unconstrained space with proper priors.
-_DF = 5.0
 # Sets that the draws are split into to see the error.
 _SETS = 8
 # Share of the draws that their effective number must be, and shape of the tail, for no other proposal to be made.
@@ -32,10 +30,6 @@ _KEPT, _K_KEPT = 0.3, 0.4
 _NEAR_NORMAL = 0.95
 # Draws of the first round for each dimension.
 _EACH = 24
-# Standard deviations from the mode where the density is looked at along each axis, and by what factors the scale of a
-# half may differ from that of the curvature.
-_LOOKED = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_SCALES = 0.5, 4.0
 # Standard deviations of a proposal: how much wider than what was found it is made.
 _WIDER = 1.1
 _SINGULAR = "the draws do not spread in every direction, so proposals kept the scales of the curvature"
@@ -97,85 +91,28 @@ def normal_sample(loc: Vector, scale_tril: Vector, num_draws: int = 1024, seed: 
     return ImportanceSample(loc + noise @ scale_tril.T, log_weights, -math.inf, float(num_draws), 0.0, math.nan, 0)
 
 
-@dataclass(frozen=True)
-class _SplitT:
-    """A multivariate t distribution, stretched along each axis by one factor ahead and another behind.
-
-    :param Vector loc: ``(d,)``.
-    :param Vector tril: lower triangular, ``(d, d)``.
-    :param Vector stretch: behind and ahead, ``(2, d)``.
-    """
-
-    loc: Vector
-    tril: Vector
-    stretch: Vector
-
-    def draw(self, number: int, seed: int) -> Vector:
-        """Quasi-random draws, ``(S, d)``."""
-        d = len(self.loc)
-        z = student_points(sobol_points(number, d + (d > 1), seed), _DF)
-        draws: Vector = self.loc + (z * numpy.where(z < 0, *self.stretch)) @ self.tril.T
-        return draws
-
-    def log_density(self, draws: Vector) -> Vector:
-        """At draws ``(S, d)``, as ``(S,)``."""
-        z = numpy.linalg.solve(self.tril, (draws - self.loc).T).T
-        stretch = numpy.where(z < 0, *self.stretch)
-        log_det = numpy.log(numpy.diag(self.tril)).sum() + numpy.log(stretch).sum(-1)
-        log_density: Vector = student_log_density(z / stretch, _DF) - log_det
-        return log_density
-
-
-@dataclass(frozen=True)
-class _Normal:
-    """A multivariate normal distribution.
-
-    :param Vector loc: ``(d,)``.
-    :param Vector tril: lower triangular, ``(d, d)``.
-    """
-
-    loc: Vector
-    tril: Vector
-
-    def draw(self, number: int, seed: int) -> Vector:
-        """Quasi-random draws, ``(S, d)``, with exactly the mean and the covariance of the distribution."""
-        draws: Vector = self.loc + matched_normal(number, len(self.loc), seed) @ self.tril.T
-        return draws
-
-    def log_density(self, draws: Vector) -> Vector:
-        """At draws ``(S, d)``, as ``(S,)``."""
-        z = numpy.linalg.solve(self.tril, (draws - self.loc).T).T
-        constant = numpy.log(numpy.diag(self.tril)).sum() + len(self.loc) / 2 * math.log(2 * math.pi)
-        log_density: Vector = -(z**2).sum(-1) / 2 - constant
-        return log_density
-
-
-def matched_normal(number: int, dim: int, seed: int) -> Vector:
-    """Return quasi-random standard normal points ``(S, d)`` whose mean is zero and whose covariance is the identity.
-
-    :param int number: ``S``, above ``d``.
-    :param int dim: ``d``.
-    :param int seed: of the points.
-    """
-    points = scipy.special.ndtri(sobol_points(number, dim, seed))
-    points = points - points.mean(0)
-    factor = numpy.linalg.cholesky(points.T @ points / number)
-    matched: Vector = numpy.linalg.solve(factor, points.T).T
-    return matched
-
-
 @dataclass
 class _Mixture:
     """The proposals so far, with what was found at their draws; one of each for each round."""
 
-    proposals: list[_Normal | _SplitT] = field(default_factory=list)
+    proposals: list[Normal | SplitT] = field(default_factory=list)
     draws: list[Vector] = field(default_factory=list)
     values: list[Vector] = field(default_factory=list)
 
     @property
     def is_normal(self) -> bool:
         """Whether no proposal was a t."""
-        return all(isinstance(proposal, _Normal) for proposal in self.proposals)
+        return all(isinstance(proposal, Normal) for proposal in self.proposals)
+
+    def extended(
+        self, proposal: Normal | SplitT, log_density: Callable[[Vector], Vector], number: int, seed: int
+    ) -> ImportanceSample:
+        """Draw from one more proposal, and return all draws, weighed."""
+        draws = proposal.draw(number, seed + 1000 * len(self.draws))
+        self.proposals.append(proposal)
+        self.draws.append(draws)
+        self.values.append(log_density(draws))
+        return self.sample()
 
     def log_density(self, draws: Vector) -> Vector:
         """Of the mixture, each proposal with the weight of its draws."""
@@ -258,25 +195,18 @@ class ImportanceSampler:
             return ImportanceSample(numpy.zeros((1, 0)), numpy.zeros(1), -math.inf, 1.0, 0.0, value, 0)
         mixture, note = _Mixture(), ""
         number = min(self.max_draws, max(self.num_draws, 2 ** math.ceil(math.log2(_EACH * len(loc)))))
-        proposal: _Normal | _SplitT = _Normal(loc, scale_tril)
-        first: _SplitT | None = None
+        found = mixture.extended(Normal(loc, scale_tril), log_density, number, self.seed)
+        if (found.effective >= _NEAR_NORMAL * number and self._suffices(found)) or number >= self.max_draws:
+            return found
+        proposal = first = split_along_axes(log_density, loc, scale_tril)
         while True:
-            draws = proposal.draw(number, self.seed + 1000 * len(mixture.draws))
-            mixture.proposals.append(proposal)
-            mixture.draws.append(draws)
-            mixture.values.append(log_density(draws))
-            found = mixture.sample()
-            total = len(found.draws)
-            covered = first is not None or found.effective >= _NEAR_NORMAL * total
-            if total >= self.max_draws or (covered and found.error <= self.accuracy and found.k_hat < K_GOOD):
+            number = min(len(found.draws), self.max_draws - len(found.draws))
+            found = mixture.extended(proposal, log_density, number, self.seed)
+            if self._suffices(found) or len(found.draws) >= self.max_draws:
                 return replace(found, note=note)
-            number = min(total, self.max_draws - total)
-            if first is None:
-                proposal = first = _split(log_density, loc, scale_tril)
-                continue
-            fits = found.effective >= _KEPT * total and found.k_hat <= _K_KEPT
-            # By turns, so that what the one leaves out is not lost with it.
+            fits = found.effective >= _KEPT * len(found.draws) and found.k_hat <= _K_KEPT
             known = found.effective > 2 * len(loc)
+            # By turns, so that what the one leaves out is not lost with it.
             if fits or not known or proposal is not first:
                 proposal = first
             else:
@@ -284,23 +214,8 @@ class ImportanceSampler:
                 note = note or said
                 proposal = _fitted(found, tril)
 
-
-def _split(log_density: Callable[[Vector], Vector], loc: Vector, tril: Vector) -> _SplitT:
-    """The split t whose halves fall off as the density does, each along its axis: the widest that any point asks for.
-
-    Reference: Geweke (1989), *Bayesian inference in econometric models using Monte Carlo integration*, Econometrica
-    57(6), section 4.
-    """
-    d, looked = len(loc), numpy.array(_LOOKED)
-    steps = numpy.concatenate([-looked, looked])
-    points = loc + (steps[:, None, None] * tril.T).reshape(-1, d)
-    values = log_density(numpy.concatenate([loc[None], points]))
-    with numpy.errstate(divide="ignore", invalid="ignore"):
-        fall = 2 * (values[0] - values[1:]).reshape(2, len(looked), d)
-        scales = looked[:, None] / numpy.sqrt(fall)
-    # Where the density is no lower than at the mode, or does not exist, it says nothing of a scale.
-    widest = numpy.where(numpy.isfinite(scales), scales, 1.0).max(1)
-    return _SplitT(loc, tril, widest.clip(*_SCALES))
+    def _suffices(self, found: ImportanceSample) -> bool:
+        return found.error <= self.accuracy and found.k_hat < K_GOOD
 
 
 def _spread(found: ImportanceSample, scale_tril: Vector) -> tuple[Vector, str]:
@@ -313,9 +228,9 @@ def _spread(found: ImportanceSample, scale_tril: Vector) -> tuple[Vector, str]:
         return scale_tril, _SINGULAR
 
 
-def _fitted(found: ImportanceSample, tril: Vector) -> _SplitT:
+def _fitted(found: ImportanceSample, tril: Vector) -> SplitT:
     """A split t around what was found, with the factor of its covariance and halves that are found as well."""
     z, weights = numpy.linalg.solve(tril, (found.draws - found.mean()).T).T, found.weights[:, None]
     sides = numpy.array([(z < 0) * weights, (z >= 0) * weights])
     stretch = numpy.sqrt((sides * z**2).sum(1) / sides.sum(1).clip(min=numpy.finfo(float).tiny))
-    return _SplitT(found.mean(), tril * _WIDER * math.sqrt((_DF - 2) / _DF), stretch.clip(*_SCALES))
+    return SplitT(found.mean(), tril * _WIDER * math.sqrt((DF - 2) / DF), stretch.clip(*STRETCH))

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from laplace_amort.autodiff import record
 from laplace_amort.errors import ModelError, ModeNotFoundError, RecordingError, StructureError
-from laplace_amort.guide import Problem
-from laplace_amort.posterior.posterior import Posterior
+from laplace_amort.model import UnitModel
+from laplace_amort.posterior.draws import PosteriorDraws
 from laplace_amort.posterior.unit_draws import NestedUnits, WeightedUnits
 from laplace_amort.units import GRID_DIM, GaussHermite, Laplace, QuadratureRule, StudentPoints, UnitIntegrals
 
@@ -59,12 +59,11 @@ class LogLikelihood(Protocol):
     """Which log likelihood is written; any object with this method."""
 
     def evaluate(
-        self, posterior: Posterior, problem: Problem, names: list[str], globals_: Tensor, locals_: Tensor
+        self, posterior: PosteriorDraws, names: list[str], globals_: Tensor, locals_: Tensor
     ) -> dict[str, Pointwise]:
         """Return log likelihoods by name.
 
         :param Posterior posterior: that the draws are of.
-        :param Problem problem: the model at its data.
         :param list names: of the observed sites.
         :param Tensor globals_: ``(S, d)``, unconstrained.
         :param Tensor locals_: ``(S, N, k)``.
@@ -90,7 +89,7 @@ class MarginalLikelihood:
     rule: QuadratureRule | None = None
 
     def evaluate(
-        self, posterior: Posterior, problem: Problem, names: list[str], globals_: Tensor, locals_: Tensor
+        self, posterior: PosteriorDraws, names: list[str], globals_: Tensor, locals_: Tensor
     ) -> dict[str, Pointwise]:
         """See :class:`LogLikelihood`.
 
@@ -98,22 +97,14 @@ class MarginalLikelihood:
         :raises ModeNotFoundError: if a unit's mode was not found at some draw.
         """
         try:
-            integrals = problem.integrals
+            integrals = _integrals_of(posterior)
         except StructureError as error:
             line = "to_arviz(log_likelihood=ConditionalLikelihood())"
             raise StructureError(f"{error}\nOr take the likelihood of each observation:\n    {line}") from error
         distinct, inverse = _distinct(globals_)
         start = NestedUnits(posterior.gaussian, integrals).start(distinct)
         values = unit_log_likelihood(integrals, self.rule or rule_of(posterior), distinct, start)
-        if values.isnan().any():
-            draw, unit = values.isnan().nonzero()[0].tolist()
-            model = posterior.gaussian.unit_model
-            raise ModeNotFoundError(
-                f"the mode of {model.describe(unit)} was not found at globals {distinct[draw].tolist()}, so that its "
-                f"likelihood is not known ({int(values.isnan().any(0).sum())} units in all). See diagnose(result), or "
-                "leave the likelihood out:\n    to_arviz(log_likelihood=None)",
-                units=[int(model.units[unit])],
-            )
+        _refuse_lost_modes(values, distinct, posterior.gaussian.unit_model)
         return {"marginal": Pointwise(values[inverse], (posterior.gaussian.unit_model.layout.frame,))}
 
 
@@ -129,7 +120,7 @@ class ConditionalLikelihood:
 
     @torch.no_grad()
     def evaluate(
-        self, posterior: Posterior, problem: Problem, names: list[str], globals_: Tensor, locals_: Tensor
+        self, posterior: PosteriorDraws, names: list[str], globals_: Tensor, locals_: Tensor
     ) -> dict[str, Pointwise]:
         """See :class:`LogLikelihood`.
 
@@ -156,7 +147,27 @@ class ConditionalLikelihood:
         }
 
 
-def rule_of(posterior: Posterior) -> QuadratureRule:
+def _refuse_lost_modes(values: Tensor, globals_: Tensor, model: UnitModel) -> None:
+    """Refuse values ``(S, N)`` of which some are NaN."""
+    if not values.isnan().any():
+        return
+    draw, unit = values.isnan().nonzero()[0].tolist()
+    raise ModeNotFoundError(
+        f"the mode of {model.describe(unit)} was not found at globals {globals_[draw].tolist()}, so that its "
+        f"likelihood is not known ({int(values.isnan().any(0).sum())} units in all). See diagnose(result), or leave "
+        "the likelihood out:\n    to_arviz(log_likelihood=None)",
+        units=[int(model.units[unit])],
+    )
+
+
+def _integrals_of(posterior: PosteriorDraws) -> UnitIntegrals:
+    if isinstance(posterior.units, NestedUnits):
+        return posterior.units.integrals
+    gaussian = posterior.gaussian
+    return posterior.problem.integrals_of(gaussian.unit_model, gaussian.global_loc, gaussian.local_loc)
+
+
+def rule_of(posterior: PosteriorDraws) -> QuadratureRule:
     """Return how a posterior integrates over units; of one that does not, a rule that is accurate for most models."""
     if isinstance(posterior.units, WeightedUnits):
         return posterior.units.rule

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -15,21 +13,18 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from laplace_amort.errors import ModelError, RecordingError
-from laplace_amort.guide import LaplaceGaussian, Problem
-from laplace_amort.model import UnitModel, UnitModels, observed_sites, plates_of, with_data_drawn
-from laplace_amort.posterior.posterior import Posterior
-from laplace_amort.posterior.unit_draws import LinearUnits, NestedUnits, UnitPosterior
+from laplace_amort.errors import ModelError
+from laplace_amort.model import observed_sites, plates_of, with_data_drawn
+from laplace_amort.posterior.draws import PosteriorDraws
+from laplace_amort.posterior.new_units import posterior_for
 
 __all__ = [
-    "ConditionedPosterior",
     "ConditionedUnits",
     "Drawn",
     "NewUnits",
     "SeenUnits",
     "Units",
     "all_units",
-    "posterior_for",
     "predictive",
     "predictive_of",
     "refuse_minibatch",
@@ -51,11 +46,10 @@ class Drawn(NamedTuple):
 class Units(Protocol):
     """Which units are predicted; any object with this method."""
 
-    def draw(self, posterior: Posterior, problem: Problem, num_samples: int, seed: int | None) -> Drawn:
+    def draw(self, posterior: PosteriorDraws, num_samples: int, seed: int | None) -> Drawn:
         """Return draws of what is known of them.
 
         :param Posterior posterior: of the fit.
-        :param Problem problem: the model at the data of the fit.
         :param int num_samples: number of draws.
         :param int seed: of the draws.
         """
@@ -73,9 +67,9 @@ class SeenUnits:
 
     index: Sequence[int] | Tensor | None = None
 
-    def draw(self, posterior: Posterior, problem: Problem, num_samples: int, seed: int | None) -> Drawn:
+    def draw(self, posterior: PosteriorDraws, num_samples: int, seed: int | None) -> Drawn:
         """See :class:`Units`."""
-        refuse_minibatch(problem)
+        refuse_minibatch(posterior)
         values, sizes = all_units(posterior, posterior.sample(num_samples, seed))
         layout = posterior.gaussian.unit_model.layout
         if self.index is None:
@@ -96,7 +90,7 @@ class NewUnits:
     Do not use it where the new units have data: :class:`ConditionedUnits`.
     """
 
-    def draw(self, posterior: Posterior, problem: Problem, num_samples: int, seed: int | None) -> Drawn:
+    def draw(self, posterior: PosteriorDraws, num_samples: int, seed: int | None) -> Drawn:
         """See :class:`Units`.
 
         :raises ModelError: if the model has no globals, so that a fit says nothing of new units.
@@ -113,7 +107,7 @@ class NewUnits:
 
 @dataclass(frozen=True)
 class ConditionedUnits:
-    """Units that were not fitted, given data of their own: see :meth:`FitResult.posterior_for`.
+    """Units that were not fitted, given data of their own: see :meth:`Posterior.posterior_for`.
 
     :param args: arguments of the model with the data of these units. The prediction may have others, for the same
         units.
@@ -130,16 +124,16 @@ class ConditionedUnits:
         """Return them for a call of the model: ``ConditionedUnits.at(z_new)``."""
         return cls(args, kwargs)
 
-    def draw(self, posterior: Posterior, problem: Problem, num_samples: int, seed: int | None) -> Drawn:
+    def draw(self, posterior: PosteriorDraws, num_samples: int, seed: int | None) -> Drawn:
         """See :class:`Units`."""
-        found = posterior_for(posterior, problem, self.args, dict(self.kwargs))
+        found = posterior_for(posterior, self.args, dict(self.kwargs))
         return all_units(found, found.sample(num_samples, seed))
 
 
 def predictive(
-    posterior: Posterior, problem: Problem, units: Units, num_samples: int, seed: int | None, parallel: bool
+    posterior: PosteriorDraws, units: Units, num_samples: int, seed: int | None, parallel: bool
 ) -> Predictive:
-    """Return a ``pyro.infer.Predictive``, to be called with the model's arguments; see :meth:`FitResult.predictive`."""
+    """Return a ``pyro.infer.Predictive``, to be called with the model's arguments; see :meth:`Posterior.predictive`."""
     if isinstance(units, type) or not isinstance(units, Units):
         raise TypeError(
             f"units must be SeenUnits(), NewUnits() or ConditionedUnits.at(...), got {units!r}. Arguments of "
@@ -147,14 +141,13 @@ def predictive(
         )
     default = (units.args, dict(units.kwargs)) if isinstance(units, ConditionedUnits) else None
     with torch.no_grad():
-        drawn = units.draw(posterior, problem, num_samples, seed)
-    return predictive_of(drawn, posterior, problem, default, parallel)
+        drawn = units.draw(posterior, num_samples, seed)
+    return predictive_of(drawn, posterior, default, parallel)
 
 
 def predictive_of(
     drawn: Drawn,
-    posterior: Posterior,
-    problem: Problem,
+    posterior: PosteriorDraws,
     default: tuple[tuple[Any, ...], dict[str, Any]] | None = None,
     parallel: bool = False,
 ) -> Predictive:
@@ -162,15 +155,15 @@ def predictive_of(
 
     :param Drawn drawn: the draws.
     :param Posterior posterior: of the fit.
-    :param Problem problem: the model at the data of the fit.
-    :param default: arguments of a call without any; by default those of the fit.
+    :param default: arguments of a call without any; by default those of the data that the posterior is of.
     :param bool parallel: of ``Predictive``.
     """
-    default = default or (problem.unit_model.args, problem.unit_model.kwargs)
-    sites = observed_sites(posterior.gaussian.unit_model)
-    names = [name for name in problem.unit_model.density.sites if name not in drawn.values]
-    model = _Unconditioned(problem.guide.model, default, drawn, posterior.gaussian.unit_model.layout.frame.name)
-    return Predictive(model, dict(drawn.values), return_sites=[*names, *sites], parallel=parallel)
+    unit_model = posterior.gaussian.unit_model
+    names = [name for name in unit_model.density.sites if name not in drawn.values]
+    default = default or (unit_model.args, unit_model.kwargs)
+    model = _Unconditioned(posterior.problem.guide.model, default, drawn, unit_model.layout.frame.name)
+    sites = [*names, *observed_sites(unit_model)]
+    return Predictive(model, dict(drawn.values), return_sites=sites, parallel=parallel)
 
 
 class _Unconditioned:
@@ -235,74 +228,7 @@ def _other_size(name: str, frame: Any, expected: int, unit_plate: str) -> str:
     )
 
 
-@dataclass(frozen=True)
-class ConditionedPosterior(Posterior):
-    """The posterior of new units given their data, with the globals of a fit, which do not learn from these.
-
-    Evidence and k-hat are those of the fit.
-
-    :param Posterior fitted: of the fit.
-
-    The other parameters are those of :class:`~laplace_amort.Posterior`.
-    """
-
-    fitted: Posterior | None = None
-
-    def refined(self, num_samples: int) -> Posterior:
-        """Return the same with more draws of the globals of the fit; see :meth:`Posterior.refined`."""
-        if self.fitted is None:
-            return self
-        fitted = self.fitted.refined(num_samples)
-        return dataclasses.replace(self, globals_=fitted.globals_, fitted=fitted)
-
-
-def posterior_for(posterior: Posterior, problem: Problem, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Posterior:
-    """Return the posterior of new units given data and the globals of a fit; see :meth:`FitResult.posterior_for`."""
-    fitted = posterior.gaussian
-    try:
-        with poutine.block():
-            model, _ = UnitModels(problem.guide.model, problem.guide.unit_plate)(args, kwargs, {})
-    except ModelError as error:
-        raise ModelError(
-            f"{error}\nHere the model needs the data of the new units; of units without any:\n"
-            "    result.predictive(NewUnits())(*args)"
-        ) from error
-    _check_layout(fitted.unit_model, model)
-    start = fitted.local_loc.mean(0).expand(model.layout.num_units, -1).contiguous()
-    with torch.no_grad():
-        local = problem.mode.find(model, fitted.global_loc, start)
-    gaussian = problem.gaussian_given(model, local, fitted)
-    units = _units_at(posterior, model, gaussian, problem)
-    return ConditionedPosterior(gaussian, posterior.globals_, units, posterior.seed, posterior.averaged, posterior)
-
-
-def _units_at(posterior: Posterior, model: UnitModel, gaussian: LaplaceGaussian, problem: Problem) -> UnitPosterior:
-    """What the rung of the fit knows of units, for new ones."""
-    if not isinstance(posterior.units, NestedUnits):
-        return LinearUnits(gaussian)
-    with contextlib.suppress(RecordingError):
-        model = model.recorded(gaussian.global_loc, gaussian.local_loc)
-    integrals = problem.integrals_of(model, gaussian.global_loc, gaussian.local_loc)
-    return dataclasses.replace(posterior.units, gaussian=gaussian, integrals=integrals)
-
-
-def _check_layout(fitted: UnitModel, model: UnitModel) -> None:
-    old, new = fitted.layout, model.layout
-    if model.layout.weight != 1:
-        raise ModelError(
-            f"plate '{new.frame.name}' takes {new.frame.size} of {new.frame.full_size} units at these arguments; new "
-            f"units are taken together. Leave the minibatch out:\n    pyro.plate('{new.frame.name}', "
-            f"{new.frame.full_size})"
-        )
-    same = list(old.global_sites) == list(new.global_sites) and list(old.local_sites) == list(new.local_sites)
-    if not same or (old.global_dim, old.local_dim) != (new.global_dim, new.local_dim):
-        raise ModelError(
-            f"the model has other latents at these arguments than in the fit. There:\n{old}\nHere:\n{new}\nOnly the "
-            "number of units may change; data must be given for them (of units without: NewUnits())"
-        )
-
-
-def all_units(posterior: Posterior, values: Mapping[str, Tensor]) -> Drawn:
+def all_units(posterior: PosteriorDraws, values: Mapping[str, Tensor]) -> Drawn:
     """Return draws of all sites as what a prediction for the same units starts from.
 
     :param Posterior posterior: that they are of.
@@ -316,14 +242,15 @@ def _plate_sizes(sites: Mapping[str, Any]) -> dict[str, int]:
     return {frame.name: int(frame.size) for site in sites.values() for frame in site.plates}
 
 
-def refuse_minibatch(problem: Problem) -> None:
-    """Refuse a fit that is of a part of the units.
+def refuse_minibatch(posterior: PosteriorDraws) -> None:
+    """Refuse a posterior that is of a part of the units.
 
     :raises ModelError: with the line to type.
     """
-    for plate in problem.subsamples:
-        raise ModelError(
-            f"the fit took {plate.subsample_size} of {plate.size} of plate '{plate.name}' at a time, so that its "
-            "posterior is one of a minibatch. Go on from where the guide stands with all of them, by arguments with "
-            "which the model does not subsample:\n    result = fit(model, result.guide, *args)"
-        )
+    for plate in posterior.gaussian.unit_model.density.subsampled_plates:
+        if plate.subsample_size < plate.size:
+            raise ModelError(
+                f"the fit took {plate.subsample_size} of {plate.size} of plate '{plate.name}' at a time, so that its "
+                "posterior is one of a minibatch. Go on from where the guide stands with all of them, by arguments "
+                "with which the model does not subsample:\n    result = fit(model, result.guide, *args)"
+            )

@@ -16,6 +16,8 @@ K_GOOD = 0.7
 # Weights that a Pareto tail is fitted to, at least; and logarithms that differ by less, perhaps by rounding errors,
 # count as the same.
 _TAIL, _SAME = 5, 1e-3
+# Logarithm of the smallest weight that there is.
+_SMALLEST = numpy.log(numpy.finfo(float).tiny)
 
 
 class Smoothed(NamedTuple):
@@ -46,44 +48,29 @@ def pareto_smoothed(log_ratios: Vector) -> Smoothed:
     Reference: Vehtari, Simpson, Gelman, Yao & Gabry (2024), *Pareto smoothed importance sampling*, JMLR 25(72),
     https://arxiv.org/abs/1507.02646
     """
-    rows = numpy.asarray(log_ratios, dtype=float).reshape(-1, numpy.shape(log_ratios)[-1])
-    smooth = _smoother()
-    log_weights, k_hat = numpy.empty_like(rows), numpy.empty(len(rows))
-    for index, row in enumerate(rows):
-        log_weights[index], k_hat[index] = _smoothed_row(row, smooth)
     shape = numpy.shape(log_ratios)
+    rows = numpy.asarray(log_ratios, dtype=float).reshape(-1, shape[-1])
+    largest = rows.max(-1, keepdims=True)
+    finite = numpy.isfinite(largest)
+    # Weights of nothing are small numbers, of which ArviZ takes differences.
+    ratios = numpy.maximum(numpy.where(finite, rows, 0.0) - numpy.where(finite, largest, 0.0), _SMALLEST)
+    log_weights = ratios - numpy.log(numpy.exp(ratios).sum(-1, keepdims=True))
+    tails = numpy.sort(ratios, axis=-1)[:, -_TAIL:]
+    unknown = ~finite[:, 0] | (shape[-1] // 5 < _TAIL)
+    same = (numpy.ptp(ratios, axis=-1) < _SAME) | (tails[:, -1] - tails[:, 0] < _SAME**4)
+    k_hat = numpy.where(unknown, numpy.inf, -numpy.inf)
+    fit = numpy.flatnonzero(~unknown & ~same)
+    if len(fit):
+        with numpy.errstate(all="ignore"):
+            smoothed, shapes = _smoother()(ratios[fit])
+        good = numpy.isfinite(shapes) & numpy.isfinite(smoothed).all(-1)
+        log_weights[fit[good]] = smoothed[good]
+        k_hat[fit] = numpy.where(good, shapes, numpy.inf)
     return Smoothed(log_weights.reshape(shape), k_hat.reshape(shape[:-1]))
 
 
-def _smoothed_row(row: Vector, smooth: Callable[[Vector], tuple[Vector, float]]) -> tuple[Vector, float]:
-    largest = row.max()
-    # Weights of nothing are small numbers, of which ArviZ takes differences.
-    ratios = (
-        numpy.maximum(row - largest, numpy.log(numpy.finfo(float).tiny))
-        if numpy.isfinite(largest)
-        else numpy.zeros_like(row)
-    )
-    plain = ratios - numpy.log(numpy.exp(ratios).sum())
-    tail = numpy.sort(ratios)[-_TAIL:]
-    if len(row) // 5 < _TAIL or not numpy.isfinite(largest):
-        return plain, numpy.inf
-    if numpy.ptp(ratios) < _SAME or tail[-1] - tail[0] < _SAME**4:
-        return plain, -numpy.inf
-    try:
-        with numpy.errstate(all="ignore"):
-            log_weights, k_hat = smooth(ratios)
-    except ValueError:  # a tail of weights that are all the same
-        return plain, -numpy.inf
-    good = numpy.isfinite(k_hat) and numpy.isfinite(log_weights).all()
-    return (log_weights, float(k_hat)) if good else (plain, numpy.inf)
-
-
-def _smoother() -> Callable[[Vector], tuple[Vector, float]]:
+def _smoother() -> Callable[[Vector], tuple[Vector, Vector]]:
     """ArviZ's function of log ratios; imported when it is needed, as that takes most of a second."""
-    try:
-        from arviz_stats.base import array_stats
-    except ImportError:  # ArviZ before version 1, for Python 3.10
-        import arviz
+    from arviz_stats.base import array_stats
 
-        return lambda ratios: arviz.psislw(ratios)
     return lambda ratios: array_stats.psislw(-ratios)  # it takes log likelihoods, which leave-one-out divides by

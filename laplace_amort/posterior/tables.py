@@ -1,4 +1,7 @@
-"""Tables as data frames. pandas is imported when one is made, and not before."""
+"""Tables of what is known of sites, as text and as data frames: the same names and columns in both.
+
+pandas is imported when a frame is made, and not before.
+"""
 
 from __future__ import annotations
 
@@ -6,22 +9,33 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy
+import scipy.special
 import torch
 from tabulate import tabulate
 from torch import Tensor
 
 from laplace_amort.guide import LaplaceGaussian
+from laplace_amort.types import Vector, to_numpy
+from laplace_amort.units import sobol_points
 
 __all__ = [
-    "UnitSite",
+    "PROBABILITIES",
+    "SiteSummary",
     "draws_frame",
     "element_names",
     "globals_frame",
     "globals_table",
-    "percent",
+    "globals_text",
     "records_frame",
+    "require_pandas",
     "units_frame",
 ]
+
+# Of the quantiles in a table, unless others are asked for.
+PROBABILITIES = (0.05, 0.5, 0.95)
+# Draws of a Gaussian for moments in constrained space.
+_DRAWS = 2000
 
 
 def require_pandas() -> Any:
@@ -52,83 +66,87 @@ def element_names(name: str, shape: Sequence[int]) -> list[str]:
     return [f"{name}[{', '.join(map(str, index))}]" for index in itertools.product(*map(range, shape))]
 
 
-def percent(probability: float) -> str:
-    """Name the column of a quantile.
-
-    Example::
-
-        >>> percent(0.05), percent(0.975)
-        ('5%', '97.5%')
-    """
-    return f"{100 * probability:g}%"
-
-
-class UnitSite(NamedTuple):
-    """What is known of one local site.
+class SiteSummary(NamedTuple):
+    """What is known of one site.
 
     :param str name: of the site.
-    :param int axis: of the units in its value.
-    :param Tensor mean: of the shape of the value.
-    :param Tensor std: of that shape.
-    :param Tensor quantiles: ``(Q, *shape)``.
+    :param Vector mean: of the shape of the value.
+    :param Vector std: of that shape.
+    :param Vector quantiles: ``(Q, *shape)``.
     """
 
     name: str
-    axis: int
-    mean: Tensor
-    std: Tensor
-    quantiles: Tensor
+    mean: Vector
+    std: Vector
+    quantiles: Vector
+
+    def along(self, axis: int) -> SiteSummary:
+        """Return the same with an axis of the value first."""
+        mean, std = (numpy.moveaxis(part, axis, 0) for part in (self.mean, self.std))
+        return SiteSummary(self.name, mean, std, numpy.moveaxis(self.quantiles, axis + 1, 1))
 
 
-def globals_frame(
-    mean: Mapping[str, Tensor],
-    std: Mapping[str, Tensor],
-    quantiles: Mapping[str, Tensor],
-    probabilities: Iterable[float],
-) -> Any:
+def _columns(sites: Sequence[SiteSummary], probabilities: Iterable[float]) -> dict[str, Vector]:
+    """Put the elements of all sites one below the other, in columns by name."""
+
+    def joined(parts: Iterable[Vector]) -> Vector:
+        return numpy.concatenate([numpy.zeros(0), *(part.ravel() for part in parts)])
+
+    columns = {"mean": joined(site.mean for site in sites), "sd": joined(site.std for site in sites)}
+    for index, probability in enumerate(probabilities):
+        columns[f"{100 * probability:g}%"] = joined(site.quantiles[index] for site in sites)
+    return columns
+
+
+def _rows(sites: Iterable[SiteSummary]) -> list[str]:
+    return [label for site in sites for label in element_names(site.name, site.mean.shape)]
+
+
+def globals_text(sites: Sequence[SiteSummary], probabilities: Sequence[float] = PROBABILITIES) -> str:
+    """Return one line for each element of each site, named as by :func:`element_names`.
+
+    :param sites: the global sites.
+    :param probabilities: of their quantiles.
+    """
+    if not sites:
+        return "there are no globals"
+    columns = {"global": _rows(sites)}
+    columns |= {name.replace("%", " %"): column.tolist() for name, column in _columns(sites, probabilities).items()}
+    return tabulate(columns, headers="keys", floatfmt=".4g")
+
+
+def globals_frame(sites: Sequence[SiteSummary], probabilities: Sequence[float]) -> Any:
     """Return one row for each element of each site, named as by :func:`element_names`.
 
-    :param mean: by site.
-    :param std: by site.
-    :param quantiles: ``(Q, *shape)`` by site.
-    :param probabilities: of the quantiles.
+    :param sites: the global sites.
+    :param probabilities: of their quantiles.
     :return: a ``pandas.DataFrame``.
     :raises ImportError: if pandas is not installed.
     """
     pandas = require_pandas()
-    names = [label for name, value in mean.items() for label in element_names(name, value.shape)]
-    columns = {"mean": _joined(mean.values()), "sd": _joined(std.values())}
-    for index, probability in enumerate(probabilities):
-        columns[percent(probability)] = _joined(value[index] for value in quantiles.values())
-    return pandas.DataFrame(columns, index=pandas.Index(names, name="global", dtype=object))
+    index = pandas.Index(_rows(sites), name="global", dtype=object)
+    return pandas.DataFrame(_columns(sites, probabilities), index=index)
 
 
-def units_frame(sites: Iterable[UnitSite], units: Tensor, probabilities: Iterable[float]) -> Any:
+def units_frame(sites: Iterable[SiteSummary], units: Tensor, probabilities: Sequence[float]) -> Any:
     """Return one row for each unit and each element that it has of a local site.
 
-    :param sites: the local sites.
+    :param sites: the local sites, with the axis of the units first.
     :param Tensor units: index of each unit in its plate, ``(N,)``.
     :param probabilities: of the quantiles.
     :return: a ``pandas.DataFrame`` with the columns ``site``, ``unit``, ``element`` (empty where a unit has one
         number), ``mean``, ``sd`` and the quantiles.
     :raises ImportError: if pandas is not installed.
     """
-    pandas = require_pandas()
-    probabilities, parts = list(probabilities), []
+    pandas, parts = require_pandas(), []
     for site in sites:
-        mean, std = site.mean.movedim(site.axis, 0), site.std.movedim(site.axis, 0)
-        quantiles = site.quantiles.movedim(site.axis + 1, 1)
-        rest = mean[0].numel()
-        elements = [name[1:-1] for name in element_names("", mean.shape[1:])]
+        elements = [name[1:-1] for name in element_names("", site.mean.shape[1:])]
         columns: dict[str, Any] = {
             "site": site.name,
-            "unit": units.repeat_interleave(rest).cpu().numpy(),
+            "unit": units.repeat_interleave(len(elements)).cpu().numpy(),
             "element": elements * len(units),
-            "mean": _flat(mean),
-            "sd": _flat(std),
         }
-        columns |= {percent(p): _flat(values) for p, values in zip(probabilities, quantiles, strict=True)}
-        parts.append(pandas.DataFrame(columns))
+        parts.append(pandas.DataFrame(columns | _columns([site], probabilities)))
     return pandas.concat(parts, ignore_index=True)
 
 
@@ -157,21 +175,6 @@ def records_frame(records: Sequence[Mapping[str, Any]], columns: Sequence[str]) 
     return require_pandas().DataFrame.from_records(list(records), columns=list(columns))
 
 
-def _flat(value: Tensor) -> Any:
-    return value.detach().reshape(-1).double().cpu().numpy()
-
-
-def _joined(values: Iterable[Tensor]) -> Any:
-    parts = [value.detach().reshape(-1).double() for value in values]
-    return (torch.cat(parts) if parts else torch.zeros(0)).cpu().numpy()
-
-
-_PROBABILITIES = (0.05, 0.5, 0.95)
-
-
-_DRAWS = 2000  # for moments in constrained space
-
-
 def globals_table(gaussian: LaplaceGaussian) -> str:
     """Return a table of every element of the global sites in constrained space.
 
@@ -179,27 +182,14 @@ def globals_table(gaussian: LaplaceGaussian) -> str:
     :return: mean, standard deviation and quantiles, from quasi-random draws of the globals: right to two digits or
         three, and for supports of any kind.
     """
-    draws = _constrained_draws(gaussian)
-    if not draws:
-        return "there are no globals"
-    rows = []
-    for name, values in draws.items():
-        quantiles = torch.quantile(values, values.new_tensor(_PROBABILITIES), dim=0)
-        for index in range(values.shape[1]):
-            label = name if values.shape[1] == 1 else f"{name}[{index}]"
-            column = values[:, index]
-            rows.append([label, float(column.mean()), float(column.std()), *(float(q) for q in quantiles[:, index])])
-    headers = ["global", "mean", "sd", *(f"{100 * p:g} %" for p in _PROBABILITIES)]
-    return tabulate(rows, headers, floatfmt=".4g")
-
-
-def _constrained_draws(gaussian: LaplaceGaussian) -> dict[str, Tensor]:
-    """Flattened values ``(S, n)`` of each global site."""
     d = len(gaussian.global_loc)
     if d == 0:
-        return {}
-    engine = torch.quasirandom.SobolEngine(d, scramble=True, seed=0)
-    uniform = engine.draw(_DRAWS, dtype=torch.float64).clamp(1e-12, 1 - 1e-12)
-    deviation = torch.special.ndtri(uniform).to(gaussian.global_loc) @ gaussian.precision.global_scale_tril.mT
-    values = gaussian.constrained_globals(gaussian.global_loc + deviation)
-    return {name: value.reshape(len(value), -1) for name, value in values.items()}
+        return globals_text([])
+    normal = torch.from_numpy(scipy.special.ndtri(sobol_points(_DRAWS, d, seed=0))).to(gaussian.global_loc)
+    values = gaussian.constrained_globals(gaussian.global_loc + normal @ gaussian.precision.global_scale_tril.mT)
+    return globals_text([_summary_of_draws(name, to_numpy(value)) for name, value in values.items()])
+
+
+def _summary_of_draws(name: str, draws: Vector) -> SiteSummary:
+    """Summarize draws ``(S, *shape)`` of the same weight."""
+    return SiteSummary(name, draws.mean(0), draws.std(0, ddof=1), numpy.quantile(draws, PROBABILITIES, axis=0))

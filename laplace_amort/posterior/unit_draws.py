@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from laplace_amort.guide import LaplaceGaussian
-from laplace_amort.posterior.importance import matched_normal
+from laplace_amort.posterior.proposals import matched_normal
 from laplace_amort.types import Vector
-from laplace_amort.units import GRID_DIM, Conditionals, GaussHermite, QuadratureRule, UnitIntegrals
+from laplace_amort.units import GRID_DIM, Conditionals, GaussHermite, QuadratureRule, UnitIntegrals, sobol_points
 
 __all__ = ["LinearUnits", "NestedUnits", "UnitPosterior", "WeightedPoints", "WeightedUnits"]
 
@@ -155,21 +155,16 @@ class WeightedUnits(NestedUnits):
     def _candidates(self, there: Conditionals, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Points ``(S, M, N, k)`` of a t distribution, evenly spread but shifted at random; and their log density."""
         s, n, k = there.mode.shape
-        grid = torch.from_numpy(_lattice(_CANDIDATES[k > 1], k + (k > 1)))
+        grid = torch.from_numpy(_evenly_spread(_CANDIDATES[k > 1], k + (k > 1)))
         shift = torch.rand(s, 1, n, grid.shape[-1], generator=generator, dtype=torch.float64)
         uniform = (grid[:, None] + shift).remainder(1.0).clamp(1e-9, 1 - 1e-9).to(there.mode)
         points = _t2_points(uniform)
         return points, _t2_log_density(points)
 
 
-def _lattice(number: int, dim: int) -> Vector:
-    """Evenly spread points of the unit cube, ``(M, dim)``: with steps that are powers of a generalized golden ratio."""
-    ratio = 2.0
-    for _ in range(60):  # x^(dim + 1) = x + 1
-        ratio = (1 + ratio) ** (1 / (dim + 1))
-    steps = ratio ** -numpy.arange(1.0, dim + 1) if dim > 1 else numpy.array([1 / number])
-    points: Vector = (numpy.arange(number)[:, None] * steps) % 1
-    return points
+def _evenly_spread(number: int, dim: int) -> Vector:
+    """Points of the unit cube, ``(M, dim)``: equal steps along one dimension, of more a balanced set."""
+    return numpy.arange(number)[:, None] / number if dim == 1 else sobol_points(number, dim, seed=0)
 
 
 def _t2_points(uniform: Tensor) -> Tensor:

@@ -2,8 +2,6 @@
 
 import builtins
 import importlib.metadata
-import sys
-from types import ModuleType, SimpleNamespace
 
 import numpy
 import pyro
@@ -23,23 +21,14 @@ from laplace_amort import (
     ModelError,
     fit,
 )
-from laplace_amort.posterior.export import as_datatree, as_inference_data, installed_container
 
 Z = torch.tensor([1.0, 3.0, -0.5, 2.0], dtype=torch.float64)
 GROUPS = ["posterior", "posterior_predictive", "prior", "prior_predictive", "observed_data", "log_likelihood"]
 FEW = {"num_samples": 40, "prior_samples": 10}
 
 
-def read(path):
-    if installed_container() is as_datatree:
-        return xarray.open_datatree(path)
-    import arviz
-
-    return arviz.from_netcdf(path)
-
-
 def names_of_groups(made):
-    return [name.strip("/") for name in made.groups if name != "/"] if hasattr(made, "children") else made.groups()
+    return [name.strip("/") for name in made.groups if name != "/"]
 
 
 def dims(made, group, name):
@@ -124,6 +113,25 @@ def test_refined_integrates_over_units_as_before():
     assert abs(after - before) < 0.3 * abs(found[MarginalLaplace][1] - before)
 
 
+@pytest.mark.parametrize("objective", [FixedDrawELBO(accuracy=0.2), MarginalLaplace()])
+def test_the_posterior_of_new_units(objective):
+    """Their data, their draws, and their likelihoods: of these units those of a fit to them."""
+    new = poisson_counts(4, seed=3)
+    fitted_ = fit(poisson, guide_for(poisson), poisson_counts(6), objective=objective)
+    posterior = fitted_.posterior_for(new)
+    made = posterior.to_arviz(**FEW, seed=5, attrs={"about": "four more"})
+    assert numpy.array_equal(made["observed_data"]["z"].values, new.numpy())
+    assert made["posterior_predictive"]["z"].shape == (1, 40, 3, 4)
+    assert made["log_likelihood"]["marginal"].shape == (1, 40, 4)
+    assert made.attrs["about"] == "four more"
+    assert "objective" not in made.attrs
+    known = fitted_.posterior_for(poisson_counts(6)).to_arviz(**FEW, seed=5)
+    expected = fitted_.to_arviz(**FEW, seed=5)
+    for group, name in (("posterior", "mu"), ("posterior", "y"), ("log_likelihood", "marginal")):
+        found = known[group][name].values
+        numpy.testing.assert_allclose(found, expected[group][name].values, rtol=1e-6, atol=1e-6)
+
+
 def test_no_groups_that_are_not_asked_for(result):
     made = result.to_arviz(num_samples=5, prior_samples=0, log_likelihood=None)
     assert sorted(names_of_groups(made)) == ["observed_data", "posterior", "posterior_predictive"]
@@ -171,7 +179,7 @@ MODELS = {
 def test_dimensions_of_models(name, tmp_path):
     made = fitted(name).to_arviz(**FEW)
     made.to_netcdf(tmp_path / "fit.nc")
-    again = read(tmp_path / "fit.nc")
+    again = xarray.open_datatree(tmp_path / "fit.nc")
     found = {}
     for group in names_of_groups(made):
         for variable in made[group].data_vars:
@@ -259,7 +267,7 @@ def test_float32():
 def test_a_file_and_back(result, tmp_path):
     made = result.to_arviz(**FEW, coords={"units": list("abcdef")})
     made.to_netcdf(tmp_path / "fit.nc")
-    again = read(tmp_path / "fit.nc")
+    again = xarray.open_datatree(tmp_path / "fit.nc")
     assert sorted(names_of_groups(again)) == sorted(GROUPS)
     for group in GROUPS:
         for name in made[group].data_vars:
@@ -288,55 +296,17 @@ def test_what_has_not_converged_says_so():
     assert "log_evidence" not in attrs  # an ELBO has none
 
 
-# -------------------------------------------------------------------------------------------------------- which ArviZ
+# ------------------------------------------------------------------------------------------------- what is not there
 
 
-@pytest.mark.parametrize(
-    ("version", "expected"), [("0.23.4", as_inference_data), ("1.0.0", as_datatree), (None, as_datatree)]
-)
-def test_what_is_installed_decides(monkeypatch, version, expected):
-    def installed(name):
-        if version is None:
-            raise importlib.metadata.PackageNotFoundError(name)
-        return version
-
-    monkeypatch.setattr(importlib.metadata, "version", installed)
-    assert installed_container() is expected
-
-
-def stand_in():
-    """An ArviZ before version 1, of which only what is called: each data set as a table of what it was given."""
-    module = ModuleType("arviz")
-    module.InferenceData = lambda attrs, **groups: SimpleNamespace(attrs=attrs, **groups)
-    module.dict_to_dataset = lambda values, **options: (values, options)
-    return module
-
-
-def test_inference_data(result, monkeypatch):
-    monkeypatch.setitem(sys.modules, "arviz", stand_in())
-    made = result.to_arviz(**FEW, container=as_inference_data)
-    values, options = made.posterior
-    assert values["y"].shape == (1, 40, 6)
-    assert options["dims"]["y"] == ["units"]
-    assert "default_dims" not in options
-    values, options = made.observed_data
-    assert (values["z"].shape, options["default_dims"], options["dims"]["z"]) == ((3, 6), [], ["counts", "units"])
-    assert list(options["coords"]["units"]) == list(range(6))
-    assert made.attrs["inference_library"] == "laplace_amort"
-
-
-@pytest.mark.parametrize(
-    ("container", "missing", "line"),
-    [(as_datatree, "arviz_base", r"laplace_amort\[arviz\]"), (as_inference_data, "arviz", "arviz<1")],
-)
-def test_arviz_is_optional(result, monkeypatch, container, missing, line):
+def test_arviz_is_optional(result, monkeypatch):
     original = builtins.__import__
 
     def refuse(name, *args, **kwargs):
-        if name == missing:
+        if name == "arviz_base":
             raise ImportError(name)
         return original(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", refuse)
-    with pytest.raises(ImportError, match=line):
-        result.to_arviz(num_samples=3, prior_samples=0, log_likelihood=None, container=container)
+    with pytest.raises(ImportError, match=r"laplace_amort\[arviz\]"):
+        result.to_arviz(num_samples=3, prior_samples=0, log_likelihood=None)

@@ -4,15 +4,16 @@ import numpy
 import pytest
 import scipy.stats
 
-from laplace_amort.posterior import importance
-from laplace_amort.posterior.importance import ImportanceSampler, _Mixture, _split, _SplitT
+from laplace_amort.posterior import proposals
+from laplace_amort.posterior.importance import ImportanceSampler, _Mixture
+from laplace_amort.posterior.proposals import SplitT, split_along_axes
 
 PROPOSALS = {
-    "one dimension": _SplitT(numpy.array([0.5]), numpy.array([[2.0]]), numpy.array([[0.5], [3.0]])),
-    "two dimensions": _SplitT(
+    "one dimension": SplitT(numpy.array([0.5]), numpy.array([[2.0]]), numpy.array([[0.5], [3.0]])),
+    "two dimensions": SplitT(
         numpy.array([0.5, -1.0]), numpy.array([[2.0, 0.0], [1.0, 0.5]]), numpy.array([[0.5, 2.0], [3.0, 1.0]])
     ),
-    "no split": _SplitT(numpy.zeros(2), numpy.array([[1.0, 0.0], [-0.8, 0.6]]), numpy.ones((2, 2))),
+    "no split": SplitT(numpy.zeros(2), numpy.array([[1.0, 0.0], [-0.8, 0.6]]), numpy.ones((2, 2))),
 }
 
 
@@ -77,7 +78,7 @@ def test_halves_have_the_scales_of_the_density():
         z = numpy.linalg.solve(tril, (x - loc).T).T
         return -((z / numpy.where(z < 0, *halves)) ** 2).sum(-1) / 2
 
-    proposal = _split(log_density, loc, tril)
+    proposal = split_along_axes(log_density, loc, tril)
     numpy.testing.assert_allclose(proposal.stretch, [[0.7, 0.5], [1.6, 4.0]], rtol=1e-9)
     assert proposal.loc is loc
     assert proposal.tril is tril
@@ -85,7 +86,7 @@ def test_halves_have_the_scales_of_the_density():
 
 @pytest.mark.parametrize("value", [numpy.nan, 0.0, numpy.inf])
 def test_a_density_that_does_not_fall_off_says_nothing(value):
-    proposal = _split(lambda x: numpy.full(len(x), value), numpy.zeros(2), numpy.eye(2))
+    proposal = split_along_axes(lambda x: numpy.full(len(x), value), numpy.zeros(2), numpy.eye(2))
     assert (proposal.stretch == 1.0).all()
 
 
@@ -95,12 +96,12 @@ def test_a_density_that_does_not_fall_off_says_nothing(value):
 def without_jacobian(self, draws):
     z = numpy.linalg.solve(self.tril, (draws - self.loc).T).T
     log_det = numpy.log(numpy.diag(self.tril)).sum()
-    return importance.student_log_density(z / numpy.where(z < 0, *self.stretch), 5.0) - log_det
+    return proposals.student_log_density(z / numpy.where(z < 0, *self.stretch), 5.0) - log_det
 
 
 def test_halves_without_their_jacobian_are_found(monkeypatch):
     law = scipy.stats.skewnorm(6.0)
-    monkeypatch.setattr(_SplitT, "log_density", without_jacobian)
+    monkeypatch.setattr(SplitT, "log_density", without_jacobian)
     assert abs(expectation(PROPOSALS["two dimensions"], one) - 1) > 0.5
     assert expectation(PROPOSALS["no split"], one) == pytest.approx(1.0, abs=1e-6)  # which has none
     found = ImportanceSampler()(lambda x: law.logpdf(x[:, 0]), numpy.array([0.34]), numpy.array([[0.4]]))

@@ -191,6 +191,21 @@ def test_predictions_of_new_units_given_their_data(result):
         assert_moments(drawn["z"], (mean + NEW) / 2 + x, variance / 4 + 1.5)
 
 
+def test_the_posterior_of_new_units_predicts_them(result):
+    """Without arguments, at the data that it was given; and others than these as the posterior of the fit does."""
+    mean, variance, _, _ = exact()
+    posterior = result.posterior_for(NEW, torch.ones(3))
+    drawn = posterior.predictive(num_samples=DRAWS, parallel=True)()
+    assert_moments(drawn["z"], (mean + NEW - 1) / 2 + 1, variance / 4 + 1.5)
+    units = ConditionedUnits.at(NEW, torch.ones(3))
+    for given in (units, NewUnits()):
+        one, other = (
+            holder.predictive(given, num_samples=20, seed=3).posterior_samples for holder in (posterior, result)
+        )
+        for name in other:  # the modes are found from other starts, as exactly as modes are
+            torch.testing.assert_close(one[name], other[name], rtol=1e-6, atol=1e-6)
+
+
 def test_new_units_against_sums_over_a_grid():
     z, new = poisson_counts(30), poisson_counts(5, seed=3)
     result = fit(poisson, guide_for(poisson), z, objective=MarginalQuadrature())
@@ -328,6 +343,8 @@ def test_minibatches():
         result.posterior_for(z[:4], size=2)
     posterior = result.posterior_for(z, size=None)
     assert posterior.mean()["y"].shape == (20,)
+    assert posterior.predictive(num_samples=3)()["z"].shape == (3, 20)
+    assert posterior.to_arviz(num_samples=3, prior_samples=0)["posterior"]["y"].shape == (1, 3, 20)
     drawn = result.predictive(NewUnits(), num_samples=4)(z[:3], size=None)
     assert drawn["z"].shape == (4, 3)
     with pytest.raises(ModelError, match="takes 2 of 20 at these arguments; a prediction is for all"):

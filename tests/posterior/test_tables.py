@@ -1,7 +1,10 @@
 """Data frames: every number is the one of the posterior, at its own row."""
 
+import re
 import sys
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from helpers.ecosystem import fitted
@@ -66,6 +69,30 @@ def test_every_element_has_its_row(name):
             for column, values in {"mean": mean, "sd": std, "80%": {n: q[1] for n, q in quantiles.items()}}.items():
                 assert list(part[column]) == values[site].select(axis, unit).reshape(-1).tolist()
             assert len(set(part["element"])) == len(part)
+
+
+def matrix(z):
+    b = pyro.sample("B", dist.Normal(torch.zeros(2, 2), 1.0).to_event(2))
+    level = pyro.sample("level", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+    with pyro.plate("units", len(z)):
+        y = pyro.sample("y", dist.Normal((b * torch.tensor([[1.0, 2.0], [3.0, 4.0]])).sum() + level[0], 1.0))
+        pyro.sample("z", dist.Normal(y, 1.0), obs=z)
+
+
+@pytest.mark.parametrize("objective", [MarginalLaplace(), FixedDrawELBO(accuracy=0.2)])
+def test_an_element_has_one_name_everywhere(objective):
+    found = fit(matrix, guide_for(matrix), Z, objective=objective)
+    names = ["B[0, 0]", "B[0, 1]", "B[1, 0]", "B[1, 1]", "level[0]"]
+    frame = found.posterior.to_frame()
+    assert list(frame.index) == names
+    for shown in (str(found), str(found.posterior)):
+        rows = [re.split(r" {2,}", line.strip()) for line in shown.splitlines()]
+        start = next(index for index, row in enumerate(rows) if row[0] == "global")
+        assert rows[start] == ["global", *(column.replace("%", " %") for column in frame.columns)]
+        assert [row[0] for row in rows[start + 2 :]] == names
+    # The table of the posterior has the numbers of its frame; that of the fit, those of the Gaussian.
+    assert [row[1:] for row in rows[start + 2 :]] == [[f"{x:.4g}" for x in frame.loc[name]] for name in names]
+    assert list(found.posterior.draws_to_frame(2).columns[:5]) == names
 
 
 def test_draws(result):

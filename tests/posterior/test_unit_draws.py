@@ -19,7 +19,7 @@ from helpers.unit_models import UNIT_MODELS
 from laplace_amort.autodiff.batching import SeparableDensity
 from laplace_amort.guide.problem import Problem
 from laplace_amort.posterior import unit_draws
-from laplace_amort.posterior.unit_draws import LinearUnits, NestedUnits, WeightedUnits, _lattice
+from laplace_amort.posterior.unit_draws import LinearUnits, NestedUnits, WeightedUnits, _evenly_spread
 from laplace_amort.units.integrals import UnitIntegrals
 from laplace_amort.units.quadrature import GaussHermite, StudentPoints
 
@@ -297,11 +297,11 @@ def test_single_precision():
 @pytest.mark.parametrize(("number", "dim"), [(16, 1), (64, 3), (64, 4), (64, 6)])
 def test_candidates_are_evenly_spread(number, dim):
     """In every coordinate, no gap is more than eight times that of an equal spacing."""
-    lattice = _lattice(number, dim)
-    assert lattice.shape == (number, dim)
-    assert (lattice >= 0).all()
-    assert (lattice < 1).all()
-    ordered = numpy.sort(lattice, axis=0)
+    points = _evenly_spread(number, dim)
+    assert points.shape == (number, dim)
+    assert (points >= 0).all()
+    assert (points < 1).all()
+    ordered = numpy.sort(points, axis=0)
     gaps = numpy.diff(numpy.concatenate([ordered, ordered[:1] + 1]), axis=0)
     assert gaps.max() < (1.001 if dim == 1 else 8) / number
-    assert len(numpy.unique(lattice.round(9), axis=0)) == number
+    assert len(numpy.unique(points.round(9), axis=0)) == number

@@ -93,7 +93,7 @@ class FixedDrawELBO:
 
     def posterior(self, problem: Problem, gaussian: LaplaceGaussian, seed: int) -> Posterior:
         """Return the guide itself."""
-        return Posterior(gaussian, gaussian_sample(gaussian, seed), LinearUnits(gaussian), seed)
+        return Posterior(problem, gaussian, gaussian_sample(gaussian, seed), LinearUnits(gaussian), seed)
 
     def bind(self, problem: Problem, num_draws: int, seed: int) -> ELBOFunction:
         """Return the objective for a guide, its data, and as many draws."""

@@ -55,7 +55,7 @@ class MarginalLaplace:
     def posterior(self, problem: Problem, gaussian: LaplaceGaussian, seed: int) -> Posterior:
         """Return the globals by importance sampling of this density, and the units as normal given each of them."""
         globals_ = marginal_sample(problem.integrals, Laplace(), gaussian, seed)
-        return Posterior(gaussian, globals_, NestedUnits(gaussian, problem.integrals), seed)
+        return Posterior(problem, gaussian, globals_, NestedUnits(gaussian, problem.integrals), seed)
 
     def bind(self, problem: Problem) -> LaplaceFunction:
         """Return the objective for a guide and its data."""

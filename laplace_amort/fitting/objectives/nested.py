@@ -49,7 +49,9 @@ class NestedELBO(FixedDrawELBO):
 
     def posterior(self, problem: Problem, gaussian: LaplaceGaussian, seed: int) -> Posterior:
         """Return the nested guide itself."""
-        return Posterior(gaussian, gaussian_sample(gaussian, seed), NestedUnits(gaussian, problem.integrals), seed)
+        return Posterior(
+            problem, gaussian, gaussian_sample(gaussian, seed), NestedUnits(gaussian, problem.integrals), seed
+        )
 
     def bind(self, problem: Problem, num_draws: int, seed: int) -> NestedFunction:  # type: ignore[override]
         """Return the objective for a guide, its data, and as many draws."""

@@ -95,7 +95,7 @@ class MarginalQuadrature:
     def posterior(self, problem: Problem, gaussian: LaplaceGaussian, seed: int) -> Posterior:
         """Return globals by importance sampling of this density, and units by that of the model given each of them."""
         globals_ = marginal_sample(problem.integrals, self.rule, gaussian, seed)
-        return Posterior(gaussian, globals_, WeightedUnits(gaussian, problem.integrals, self.rule), seed)
+        return Posterior(problem, gaussian, globals_, WeightedUnits(gaussian, problem.integrals, self.rule), seed)
 
 
 # Posterior standard deviations between the gradients whose difference is a curvature: the error is a few 1e-7 of it.

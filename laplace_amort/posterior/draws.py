@@ -1,0 +1,241 @@
+"""Weighted draws of the globals of a fit, and for each of them the units: draws and moments of every site."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Self
+
+import numpy
+import torch
+from torch import Tensor
+
+from laplace_amort.guide import LaplaceGaussian, Problem
+from laplace_amort.posterior.importance import ImportanceSample, ImportanceSampler, normal_sample
+from laplace_amort.posterior.quantiles import check_probabilities, quantiles_of_draws
+from laplace_amort.posterior.unit_draws import NestedUnits, UnitPosterior, WeightedUnits
+from laplace_amort.types import Vector, to_numpy
+from laplace_amort.units import Laplace, QuadraturePoints, QuadratureRule, UnitIntegrals
+
+__all__ = ["DRAWS", "PosteriorDraws", "gaussian_sample", "marginal_sample"]
+
+# Draws for quantiles.
+DRAWS = 4000
+# Draws of the globals that units are averaged over: of units in all at most, but for the least.
+_AVERAGED, _LEAST = 2**20, 512
+# Draws of the globals at most, when more are asked for.
+_MOST = 8192
+
+
+@dataclass(frozen=True)
+class PosteriorDraws:
+    """Draws and moments of a posterior: what :class:`~laplace_amort.Posterior` has before it is put to use.
+
+    The parameters are those of :class:`~laplace_amort.Posterior`.
+    """
+
+    problem: Problem = field(repr=False)
+    gaussian: LaplaceGaussian
+    globals_: ImportanceSample
+    units: UnitPosterior
+    seed: int = 0
+    averaged: int | None = None
+    fitted: PosteriorDraws | None = field(default=None, repr=False)
+
+    def thinned(self, averaged: int | None) -> Self:
+        """Return the same with fewer draws of the globals to average the units over."""
+        return dataclasses.replace(self, averaged=averaged)
+
+    @property
+    def k_hat(self) -> float:
+        """Shape of the tail of the importance weights of the globals; minus infinity where none were needed."""
+        return self.globals_.k_hat
+
+    @property
+    def log_evidence(self) -> float:
+        """Log marginal likelihood of the data, to the accuracy of the integrals over units; NaN without any."""
+        return self.globals_.log_integral
+
+    @torch.no_grad()
+    def sample(self, num_samples: int, seed: int | None = None) -> dict[str, Tensor]:
+        """Draw from the posterior.
+
+        :param int num_samples: number of draws.
+        :param int seed: of these draws; another one gives others.
+        :return: constrained values ``(num_samples, *shape)`` by site.
+
+        Values of the globals repeat where there are more draws than weighted ones, or where weights are unequal; see
+        :meth:`refined`.
+        """
+        parts = [self.gaussian.constrained(*some) for some in self._drawn(num_samples, seed)]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    @torch.no_grad()
+    def sample_unconstrained(self, num_samples: int, seed: int | None = None) -> tuple[Tensor, Tensor]:
+        """Draw from the posterior, the same draws as :meth:`sample`, in the coordinates of the fit.
+
+        :param int num_samples: number of draws.
+        :param int seed: of these draws.
+        :return: globals ``(num_samples, d)`` and units ``(num_samples, N, k)``.
+        """
+        globals_, locals_ = zip(*self._drawn(num_samples, seed), strict=True)
+        return torch.cat(globals_), torch.cat(locals_)
+
+    def refined(self, num_samples: int) -> Self:
+        """Return the same with enough draws of the globals for so many samples, so that few repeat.
+
+        It takes one value of the marginal density for each draw of the globals, 8192 at most. Do not use it for moments
+        and quantiles: these are as good without.
+
+        :param int num_samples: number of draws that are wanted.
+        """
+        if self.fitted is not None:
+            fitted = self.fitted.refined(num_samples)
+            return dataclasses.replace(self, globals_=fitted.globals_, fitted=fitted)
+        found = self.globals_
+        if found.effective >= num_samples or not self.gaussian.unit_model.layout.global_dim:
+            return self
+        if found.k_hat == -math.inf and math.isnan(found.log_integral):  # of a Gaussian as it is
+            number = 2 ** math.ceil(math.log2(num_samples))
+            return dataclasses.replace(self, globals_=gaussian_sample(self.gaussian, self.seed, number))
+        if not isinstance(self.units, NestedUnits):
+            return self
+        needed = num_samples * len(found.draws) / max(found.effective, 1.0)
+        number = 2 ** math.ceil(math.log2(min(needed, _MOST)))
+        rule = self.units.rule if isinstance(self.units, WeightedUnits) else Laplace()
+        globals_ = marginal_sample(self.units.integrals, rule, self.gaussian, self.seed, number)
+        return dataclasses.replace(self, globals_=globals_)
+
+    def mean(self) -> dict[str, Tensor]:
+        """Return the means, by site: weighted averages over globals, and over units by quadrature."""
+        return self._moments[0]
+
+    def std(self) -> dict[str, Tensor]:
+        """Return the standard deviations, by site; see :meth:`mean`."""
+        return self._moments[1]
+
+    def quantiles(self, quantiles: Sequence[float], num_samples: int = DRAWS) -> dict[str, Tensor]:
+        """Return quantiles ``(Q, *shape)`` by site, of draws.
+
+        :param quantiles: between 0 and 1.
+        :param int num_samples: number of draws.
+        :raises ValueError: if one is not.
+        """
+        check_probabilities(quantiles)
+        draws = self.sample(num_samples)
+        return {name: quantiles_of_draws(value, quantiles) for name, value in draws.items()}
+
+    def unit_axis(self, name: str) -> int:
+        """Return which axis of the constrained value of a local site holds the units."""
+        return self.gaussian.unit_model.unit_axis(name)
+
+    def weighted_globals(self) -> tuple[Tensor, Tensor]:
+        """Return the draws of the globals, ``(S, d)``, and their weights, ``(S,)``."""
+        loc = self.gaussian.global_loc
+        return torch.from_numpy(self.globals_.draws).to(loc), torch.from_numpy(self.globals_.weights).to(loc)
+
+    def _drawn(self, num_samples: int, seed: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+        """Draws of globals and units, in pieces."""
+        generator = torch.Generator().manual_seed(self.seed if seed is None else seed)
+        globals_ = self._resampled(num_samples, generator)
+        for some in globals_.split(self.units.chunk()):
+            yield some, self.units.draw(some, generator)
+
+    def _resampled(self, num_samples: int, generator: torch.Generator) -> Tensor:
+        """Draws of the globals in random order, each as often as its share calls for, ``(num_samples, d)``."""
+        # A stride through a quasi-random sequence is all but random, so the order comes first.
+        order = torch.randperm(len(self.globals_.draws), generator=generator).numpy()
+        shift = float(torch.rand((), generator=generator))
+        positions = (numpy.arange(num_samples) + shift) / num_samples
+        index = numpy.searchsorted(self.globals_.weights[order].cumsum(), positions).clip(max=len(order) - 1)
+        chosen = order[index][torch.randperm(num_samples, generator=generator).numpy()]
+        return torch.from_numpy(self.globals_.draws[chosen]).to(self.gaussian.global_loc)
+
+    def _averaged(self) -> tuple[Tensor, Tensor]:
+        """Draws of the globals ``(S, d)`` that the units are averaged over, and their weights."""
+        globals_, weights = self.weighted_globals()
+        averaged = self.averaged or max(_LEAST, _AVERAGED // max(self.gaussian.local_loc.numel(), 1))
+        if len(globals_) <= averaged:
+            return globals_, weights
+        equal = weights.new_full((averaged,), 1 / averaged)
+        if not numpy.ptp(self.globals_.log_weights):
+            return globals_[:averaged], equal  # the first of a quasi-random sequence are balanced
+        return self._resampled(averaged, torch.Generator().manual_seed(self.seed)), equal
+
+    @cached_property
+    @torch.no_grad()
+    def _moments(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        center = self.gaussian.median()
+        moments = {name: (torch.zeros_like(value), torch.zeros_like(value)) for name, value in center.items()}
+        for weights, values in itertools.chain([self._constrained_globals()], self._constrained_units()):
+            for name, value in values.items():
+                deviation = value - center[name]  # so that squares of small spreads have digits left
+                weighted = weights[name].reshape(weights[name].shape + (1,) * (value.dim() - weights[name].dim()))
+                moments[name][0].add_((weighted * deviation).sum(0))
+                moments[name][1].add_((weighted * deviation**2).sum(0))
+        mean = {name: center[name] + first for name, (first, _) in moments.items()}
+        std = {name: (second - first**2).clamp(min=0).sqrt() for name, (first, second) in moments.items()}
+        return mean, std
+
+    def _constrained_globals(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Weights and constrained values ``(S, ...)`` of the global sites."""
+        globals_, weights = self.weighted_globals()
+        values = self.gaussian.constrained_globals(globals_)
+        return dict.fromkeys(values, weights), values
+
+    def _constrained_units(self) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+        """Weights and constrained values ``(S Q, ...)`` of the local sites, at points of the units."""
+        layout = self.gaussian.unit_model.layout
+        globals_, weights = self._averaged()
+        chunk = self.units.chunk()
+        for some, weight in zip(globals_.split(chunk), weights.split(chunk), strict=True):
+            points, log_shares = self.units.points(some)
+            values = self.gaussian.constrained(some.repeat_interleave(points.shape[1], 0), points.flatten(0, 1))
+            shares = (weight[:, None, None] * log_shares.exp()).flatten(0, 1)  # (S Q, N)
+            local = {name: values[name] for name in layout.local_sites}
+            yield {name: self._along_units(shares, name, value) for name, value in local.items()}, local
+
+    def _along_units(self, shares: Tensor, name: str, value: Tensor) -> Tensor:
+        """Shares ``(L, N)`` in a shape that broadcasts against a value ``(L, *shape)`` of a local site."""
+        axis = 1 + self.unit_axis(name)
+        return shares.reshape(len(shares), *(1,) * (axis - 1), -1, *(1,) * (value.dim() - axis - 1))
+
+
+def marginal_sample(
+    integrals: UnitIntegrals, rule: QuadratureRule, gaussian: LaplaceGaussian, seed: int, num_draws: int = 128
+) -> ImportanceSample:
+    """Draw globals from their marginal density.
+
+    :param UnitIntegrals integrals: of the model.
+    :param QuadratureRule rule: how the units are integrated over.
+    :param LaplaceGaussian gaussian: the first proposal, and where modes are about.
+    :param int seed: of the draws.
+    :param int num_draws: of the first round.
+    """
+    points = rule.points(gaussian.local_loc.shape[1], gaussian.global_loc)
+    integrals = integrals.loose() if len(points.points) > 1 else integrals
+    nested = NestedUnits(gaussian, integrals)
+
+    def log_density(draws: Vector) -> Vector:
+        globals_ = torch.from_numpy(draws).to(gaussian.global_loc)
+        start = nested.start(globals_)
+        return to_numpy(integrals.values(points, QuadraturePoints.log_integral, globals_, start).values)
+
+    with torch.no_grad():
+        sampler = ImportanceSampler(seed=seed, num_draws=num_draws)
+        return sampler(log_density, to_numpy(gaussian.global_loc), to_numpy(gaussian.precision.global_scale_tril))
+
+
+def gaussian_sample(gaussian: LaplaceGaussian, seed: int, num_draws: int = 1024) -> ImportanceSample:
+    """Draw globals from a Gaussian as it is.
+
+    :param LaplaceGaussian gaussian: the Gaussian.
+    :param int seed: of the draws.
+    :param int num_draws: a power of two.
+    """
+    loc, scale_tril = to_numpy(gaussian.global_loc), to_numpy(gaussian.precision.global_scale_tril)
+    return normal_sample(loc, scale_tril, num_draws, seed)
