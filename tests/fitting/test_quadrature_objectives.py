@@ -225,7 +225,6 @@ def test_a_number_of_draws_is_for_the_nested_elbo():
 @BOTH
 def test_units_without_a_mode(objective):
     """The conditional density of a unit grows for ever."""
-
     objective = dataclasses.replace(objective, start_with=None)
     result = fit(nowhere, guide_for(nowhere), Z, objective=objective)
     assert result.status is FitStatus.START_FAILED
