@@ -16,7 +16,6 @@ from laplace_amort import Diagnosis, FitResult, FitStatus, FixedDrawELBO, Poster
 from laplace_amort.cli.case import Case
 from laplace_amort.cli.exits import Exit, complain
 from laplace_amort.errors import NUMERICAL_ERRORS
-from laplace_amort.fitting import summary_lines
 
 __all__ = ["Report", "as_options"]
 
@@ -50,7 +49,7 @@ class Report:
 
     def text(self) -> str:
         """Return the tables."""
-        parts = ["\n".join(summary_lines(self.result))]
+        parts = ["\n".join(self.result.headline())]
         if self.posterior is None:
             return f"{parts[0]}\n{self.problem}"
         parts.append(str(self.posterior))

@@ -133,9 +133,13 @@ class FitResult:
         precision, layout = self._posterior().precision, self._posterior().unit_model.layout
         return layout.to_sites(precision.global_variance().sqrt(), precision.local_variance().sqrt())
 
+    def headline(self) -> list[str]:
+        """Return what is to be said of the fit before any table, in lines: how it ended, and what it took."""
+        return summary_lines(self)
+
     def summary(self) -> str:
         """Return a table of the globals in constrained space, with how the fit ended above it."""
-        lines = summary_lines(self)
+        lines = self.headline()
         return "\n".join(lines if self.gaussian is None else [*lines, "", globals_table(self.gaussian)])
 
     def __str__(self) -> str:

@@ -18,7 +18,6 @@ __all__ = ["blank_figure", "note_left_out", "require_matplotlib", "save_figure",
 # Okabe and Ito's palette, which color-blind readers can tell apart; line styles tell the same in print.
 UNAMORTIZED, JOINT, MARGINAL, GREEN, PURPLE = "#E69F00", "#D55E00", "#0072B2", "#009E73", "#CC79A7"
 REFERENCE, RAW = "#000000", "#9A9A9A"
-BARS: dict[str, Any] = {"marker": "o", "markersize": 1.8, "elinewidth": 0.9, "linestyle": "none"}
 STYLE: dict[str, Any] = {
     "font.size": 8,
     "axes.titlesize": 8.5,

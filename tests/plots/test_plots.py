@@ -4,7 +4,6 @@ import sys
 
 import pytest
 import torch
-from helpers.demo_results import exact_result
 from helpers.figures import misplaced_texts
 from helpers.plot_fits import counts_fit, gaussian_fit, table_fit
 
@@ -70,9 +69,9 @@ def test_what_is_no_fit_is_refused(draw):
         draw(AutoLaplaceFamily(epil.model))
 
 
-@pytest.mark.parametrize("draw", [plots.demo_figure, *OF_A_FIT], ids=lambda draw: draw.__name__)
+@pytest.mark.parametrize("draw", OF_A_FIT, ids=lambda draw: draw.__name__)
 def test_without_matplotlib_the_extra_is_named(draw, monkeypatch):
-    result = exact_result() if draw is plots.demo_figure else gaussian_fit()
+    result = gaussian_fit()
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r'pip install "laplace_amort\[plots\]"'):
         draw(result)
