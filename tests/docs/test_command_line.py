@@ -75,14 +75,13 @@ def test_every_line_does_what_is_shown(directory, step_cost, monkeypatch):
     monkeypatch.setattr(step_cost, "_DENSE_LATENTS", 50)
     monkeypatch.setattr(step_cost, "_SECONDS", 0.0)
     monkeypatch.setattr(fit, "diagnose", functools.partial(fit.diagnose, simulations=10))
+    scripts = {"benchmarks/step_cost.py": step_cost.main}
     out = err = ""
     compared = 0
     for block in BLOCKS:
         if block.language == "sh":
             for line in block.source.splitlines():
-                code, out, err = typed(
-                    line.replace("100,1000,10000", "10,20,50"), {"benchmarks/step_cost.py": step_cost.main}
-                )
+                code, out, err = typed(line.replace("100,1000,10000", "10,20,50"), scripts)
                 bad = {True: {Exit.NOT_TRUSTED}, False: {Exit.OK}}["elbo --diagnose" in line]
                 assert code in bad, (line, out, err)
         elif not file_of(block) and block.language == "text":
