@@ -11,18 +11,17 @@ from typing import Any
 from torch import Tensor
 
 from laplace_amort import AutoLaplaceFamily, FreeMode, JointCurvature, LaplaceAmortError, MarginalCurvature, NewtonMode
-from laplace_amort.cli.binding import Arguments, bind, call_once, is_case, pairs
+from laplace_amort.cli.binding import Arguments, Typed, bind, pairs
+from laplace_amort.cli.calling import call_once
 from laplace_amort.cli.columns import Column, Table, read_table
 from laplace_amort.cli.exits import Stop, UsageError
-from laplace_amort.cli.supports import Supports
+from laplace_amort.cli.factories import Made, expected, read
 from laplace_amort.cli.targets import describe, load_target, strategy
 
 __all__ = ["HEADS", "MODES", "Case", "prepare"]
 
 MODES = {"newton": NewtonMode(), "free": FreeMode()}
 HEADS = {"joint": JointCurvature(), "marginal": MarginalCurvature()}
-
-_RETURNS = "(model, args), (model, guide, args) or (model, guide, args, kwargs)"
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,6 @@ class Case:
     :param dict kwargs: its keyword arguments.
     :param tuple columns: of the table, as far as they are used.
     :param str told: how the columns went to the parameters, a line for each.
-    :param str suspect: what may be wrong with the data, to be told if there is no fit; empty if nothing.
     """
 
     model: Callable[..., Any]
@@ -44,7 +42,6 @@ class Case:
     kwargs: Mapping[str, Any]
     columns: tuple[Column, ...]
     told: str
-    suspect: str
 
     def check_labels(self, chosen: str) -> None:
         """Find out whether a column has a label for each unit.
@@ -89,26 +86,31 @@ def prepare(options: argparse.Namespace) -> Case:
     if isinstance(function, type):
         raise UsageError(f"{options.target} is a class: name an object of it, or a function that makes one")
     table = read_table(options.data, options.separator) if options.data else None
-    arguments = bind(
-        function,
-        options.target,
-        table,
+    typed = Typed(
         given=pairs(options.arg, "--arg"),
         renamed=pairs(options.map, "--map"),
         categorical=options.categorical,
         indices=options.index,
         drop_missing=options.drop_missing,
     )
-    with Supports() as supports:
-        returned, arguments = call_once(function, options.target, arguments)
-    if is_case(returned):
-        model, guide, args, kwargs = _returned(options.target, returned)
-    else:
+    arguments = bind(function, options.target, table, typed)
+    made, arguments = call_once(function, options.target, arguments, functools.partial(_made, options.target))
+    if made is None:
         args, kwargs, _ = arguments.values()
-        model, guide = (functools.partial(function, **kwargs) if kwargs else function), None
-        kwargs = {}
-    guide = _guide(model, guide, options)
-    return Case(model, guide, args, kwargs, tuple(arguments.all_columns()), _told(arguments, table), supports.found)
+        made = Made(functools.partial(function, **kwargs) if kwargs else function, None, args, {})
+    guide = _guide(made, options)
+    return Case(made.model, guide, made.args, made.kwargs, tuple(arguments.all_columns()), _told(arguments, table))
+
+
+def _made(target: str, returned: Any) -> Made | None:
+    """What a function made; None if it is the model itself, whatever it returned."""
+    if not (isinstance(returned, tuple) and len(returned) > 1 and callable(returned[0])):
+        return None
+    made = read(returned, target, error=Stop)
+    if made.guide is not None and not isinstance(made.guide, AutoLaplaceFamily):
+        wanted = expected(target, (2, 3, 4))
+        raise Stop(f"{wanted}, the guide an AutoLaplaceFamily; it is {describe(made.guide)}")
+    return made._replace(kwargs={name: value for name, value in made.kwargs.items() if name != "settings"})
 
 
 def _told(arguments: Arguments, table: Table | None) -> str:
@@ -127,32 +129,19 @@ def _told(arguments: Arguments, table: Table | None) -> str:
     return "\n".join(line for line in lines if line)
 
 
-def _guide(model: Any, guide: AutoLaplaceFamily | None, options: argparse.Namespace) -> AutoLaplaceFamily:
+def _guide(made: Made, options: argparse.Namespace) -> AutoLaplaceFamily:
     typed = [f"--{name}" for name in ("mode", "head", "unit_plate") if getattr(options, name) is not None]
-    if guide is not None:
+    if made.guide is not None:
         if typed:
             raise UsageError(f"{options.target} returns a guide of its own: leave {typed[0].replace('_', '-')} out")
-        return guide
+        found: AutoLaplaceFamily = made.guide
+        return found
     settings = {
         "mode": strategy(options.mode or "newton", MODES, "--mode"),
         "head": strategy(options.head or "joint", HEADS, "--head"),
         "unit_plate": options.unit_plate,
     }
     try:
-        return AutoLaplaceFamily(model, **settings)
+        return AutoLaplaceFamily(made.model, **settings)
     except LaplaceAmortError as error:
         raise UsageError(str(error)) from error
-
-
-def _returned(target: str, case: tuple[Any, ...]) -> tuple[Any, AutoLaplaceFamily | None, tuple[Any, ...], Any]:
-    """What a function returned that makes a model instead of being one."""
-    if len(case) not in (2, 3, 4):
-        raise Stop(f"{target} must return {_RETURNS}; it returned {describe(case)}")
-    model, guide, args, kwargs = (case[0], None, case[1], {}) if len(case) == 2 else (*case, {})[:4]
-    if guide is not None and not isinstance(guide, AutoLaplaceFamily):
-        raise Stop(f"{target} must return {_RETURNS}, the guide an AutoLaplaceFamily; it is {describe(guide)}")
-    if not isinstance(args, tuple | list):
-        raise Stop(f"{target} must return {_RETURNS}; args is {describe(args)}, write (data,) for one argument")
-    if not isinstance(kwargs, dict):
-        raise Stop(f"{target} must return {_RETURNS}; kwargs is {describe(kwargs)}")
-    return model, guide, tuple(args), {name: value for name, value in kwargs.items() if name != "settings"}

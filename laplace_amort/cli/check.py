@@ -5,15 +5,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Callable
 from typing import Any
 
 import pyro
 
-from laplace_amort.cli.exits import Exit, UsageError, complain, show_traceback, table_of_codes
+from laplace_amort.cli.exits import Exit, UsageError, complain, table_of_codes
+from laplace_amort.cli.factories import Made, call, expected, read
 from laplace_amort.cli.settings import default_dtype
 from laplace_amort.cli.targets import current_directory_importable, describe, load_target
 from laplace_amort.errors import GuideCheckError
+from laplace_amort.testing import CheckSettings, check_guide
 
 __all__ = ["add_parser", "run"]
 
@@ -55,10 +56,9 @@ def add_parser(commands: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Check, print every comparison, and return the exit code."""
-    from laplace_amort.testing import CheckSettings, check_guide  # a room that fitting does not need
-
     with default_dtype(), current_directory_importable(), pyro.get_param_store().scope():
-        model, guide, args, kwargs = _case(options.target)
+        model, guide, args, typed = _case(options.target)
+        kwargs = dict(typed)
         settings = kwargs.pop("settings", CheckSettings())
         settings = dataclasses.replace(settings, progress=sys.stderr.isatty())
         try:
@@ -70,21 +70,10 @@ def run(options: argparse.Namespace) -> int:
     return Exit.OK
 
 
-def _case(target: str) -> tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+def _case(target: str) -> Made:
     """Import the factory, call it and look at what it returned."""
-    factory = load_target(target, "FACTORY")
-    try:
-        case = factory()
-    except Exception as error:
-        show_traceback(error, getattr(getattr(factory, "__code__", None), "co_filename", None))
-        raise UsageError(f"{target}() raised {type(error).__name__}: {error}") from error
-    expected = "(model, guide, args) or (model, guide, args, kwargs)"
-    if not isinstance(case, tuple) or len(case) not in (3, 4):
-        raise UsageError(f"{target}() must return {expected}; it returned {describe(case)}")
-    model, guide, args, kwargs = (*case, {})[:4]
-    for name, value, wanted in (("model", model, Callable), ("guide", guide, Callable), ("kwargs", kwargs, dict)):
-        if not isinstance(value, wanted):  # type: ignore[arg-type]
-            raise UsageError(f"{target}() must return {expected}; {name} is {describe(value)}")
-    if not isinstance(args, tuple | list):
-        raise UsageError(f"{target}() must return {expected}; args is {describe(args)}, write (data,) for one argument")
-    return model, guide, tuple(args), dict(kwargs)
+    said, lengths = f"{target}()", (3, 4)
+    made = read(call(load_target(target, "FACTORY"), said), said, lengths)
+    if not callable(made.guide):
+        raise UsageError(f"{expected(said, lengths)}; guide is {describe(made.guide)}")
+    return made

@@ -4,29 +4,22 @@ from __future__ import annotations
 
 import sys
 import traceback
-from enum import IntEnum
 from pathlib import Path
 
-__all__ = ["Exit", "Stop", "UsageError", "complain", "table_of_codes"]
+from laplace_amort import FitStatus
+from laplace_amort.types import Status
+
+__all__ = ["EXIT_OF", "Exit", "Stop", "UsageError", "complain", "table_of_codes"]
 
 
-class Exit(IntEnum):
-    """The exit codes, with what each means.
+class Exit(Status):
+    """The exit codes; ``str(code)`` says what it means.
 
     Example::
 
-        >>> Exit.NOT_CONVERGED.value, Exit.NOT_CONVERGED.meaning
+        >>> Exit.NOT_CONVERGED.value, str(Exit.NOT_CONVERGED)
         (3, 'a fit is shown, but it has not converged')
     """
-
-    meaning: str
-
-    def __new__(cls, code: int, meaning: str) -> Exit:
-        """Attach the meaning to its code."""
-        member = int.__new__(cls, code)
-        member._value_ = code
-        member.meaning = meaning
-        return member
 
     OK = 0, "fine"
     FAILED = 1, "an error: of the model, of a check, of a file that could not be written"
@@ -35,6 +28,13 @@ class Exit(IntEnum):
     NOT_TRUSTED = 4, "the fit has converged, but --diagnose found something doubtful or bad"
     INTERRUPTED = 130, "interrupted by Ctrl-C; what was found until then is shown"
     NO_READER = 141, "nobody read the output to its end, as in '| head'"
+
+
+# What a fit that ended so is worth to a program.
+EXIT_OF = dict.fromkeys(FitStatus, Exit.NOT_CONVERGED) | {
+    FitStatus.CONVERGED: Exit.OK,
+    FitStatus.INTERRUPTED: Exit.INTERRUPTED,
+}
 
 
 class Stop(Exception):
@@ -64,7 +64,7 @@ def complain(message: str, code: Exit) -> Exit:
 
 def table_of_codes() -> str:
     """Return all codes and meanings for the help."""
-    return "\n".join(f"  {code.value:>3}  {code.meaning}" for code in Exit)
+    return "\n".join(f"  {code.value:>3}  {code}" for code in Exit)
 
 
 def show_traceback(error: BaseException, file: str | None) -> None:

@@ -25,13 +25,12 @@ from laplace_amort import (
     diagnose,
 )
 from laplace_amort.cli.case import HEADS, MODES, Case, prepare
-from laplace_amort.cli.exits import Exit, Stop, UsageError, complain, show_traceback, table_of_codes
+from laplace_amort.cli.exits import EXIT_OF, Exit, Stop, UsageError, complain, show_traceback, table_of_codes
 from laplace_amort.cli.files import check_new, check_plot_path
 from laplace_amort.cli.report import Report, diagnosis_text, needs_pandas, write_all
 from laplace_amort.cli.settings import default_dtype, positive
 from laplace_amort.cli.targets import current_directory_importable, strategy
 from laplace_amort.errors import NUMERICAL_ERRORS
-from laplace_amort.posterior import require_pandas
 
 __all__ = ["OBJECTIVES", "add_parser", "run"]
 
@@ -165,8 +164,7 @@ def _fit(case: Case, objective: Any, options: argparse.Namespace) -> FitResult:
     except Stop:
         raise
     except LaplaceAmortError as error:
-        seen = f"\n{case.suspect}" if case.suspect else ""
-        raise Stop(f"{type(error).__name__}: {error}{_on_the_command_line(str(error))}{seen}") from error
+        raise Stop(f"{type(error).__name__}: {error}{_on_the_command_line(str(error))}") from error
     except TypeError as error:  # of --objective
         raise UsageError(str(error)) from error
     except Exception as error:
@@ -199,14 +197,14 @@ def _show(result: FitResult, case: Case, options: argparse.Namespace) -> int:
     except KeyboardInterrupt:  # in the posterior: what is known of the fit is known
         print(result.headline(), flush=True)
         raise
-    trusted = _diagnosed(report, options)
-    if result.status is FitStatus.INTERRUPTED:
+    trusted, code = _diagnosed(report, options), EXIT_OF[result.status]
+    if code is Exit.INTERRUPTED:
         how = f"go on with --resume {options.save}" if options.save else "with --save it could go on another time"
-        return complain(f"interrupted; {how}", Exit.INTERRUPTED)
+        return complain(f"interrupted; {how}", code)
     if written is not Exit.OK:
         return written
-    if not result.status.ok:
-        return complain("the fit has not converged", Exit.NOT_CONVERGED)
+    if code is not Exit.OK:
+        return complain("the fit has not converged", code)
     if report.posterior is None:
         return complain(report.problem, Exit.FAILED)
     return Exit.OK if trusted else Exit.NOT_TRUSTED
@@ -244,15 +242,16 @@ def _check_outputs(options: argparse.Namespace) -> None:
         if options.plot:
             check_plot_path(options.plot)
             check_new(options.plot, "the plot", options.overwrite)
-        if needs_pandas(options):
-            require_pandas()
-        if to_arviz:
-            _require_netcdf()
     except ImportError as error:
         raise UsageError(str(error)) from error
+    if needs_pandas(options):
+        _require("data frames", "pandas", "pandas")
+    if to_arviz:
+        _require(".nc files", "arviz", "arviz_base", "arviz")
+        _require(".nc files", "arviz", "h5netcdf", "netCDF4")
 
 
-def _require_netcdf() -> None:
-    for names in (("arviz_base", "arviz"), ("h5netcdf", "netCDF4")):
-        if not any(importlib.util.find_spec(name) for name in names):
-            raise ImportError(f".nc files need {names[0]}:\n    python -m pip install 'laplace_amort[arviz]'")
+def _require(what: str, extra: str, *packages: str) -> None:
+    """Refuse what needs one of some packages, where none is installed."""
+    if not any(importlib.util.find_spec(package) for package in packages):
+        raise UsageError(f"{what} need {packages[0]}:\n    python -m pip install 'laplace_amort[{extra}]'")

@@ -9,20 +9,20 @@ import sys
 from collections.abc import Sequence
 
 import laplace_amort
-from laplace_amort.cli import bench, check, demo, fit
-from laplace_amort.cli.exits import Exit, Stop, complain, table_of_codes
+from laplace_amort.cli import check, demo, fit
+from laplace_amort.cli.exits import Exit, Stop, UsageError, complain, table_of_codes
 from laplace_amort.errors import LaplaceAmortError
 
 __all__ = ["main"]
 
-_COMMANDS = demo, fit, check, bench
+_COMMANDS = demo, fit, check
+_GONE = {"bench": "how long fits take on this machine is measured by benchmarks/step_cost.py of the repository"}
 _ASCII = {"±": "+-", "…": "...", "\N{MINUS SIGN}": "-", "\N{MULTIPLICATION SIGN}": "x"}
 _EPILOG = f"""\
 examples:
-  laplace-amort demo                                      44 sites, Student-t effects: a table and a plot
+  laplace-amort demo                                      44 sites, Student-t effects: tables and plots
   laplace-amort fit mymodel.py:model --data trial.csv     a model of your own, its parameters the columns of the file
   laplace-amort check mymodel.py:case                     the gradient checks on a guide of your own
-  laplace-amort bench                                     how long fits take on this machine
 
 laplace-amort COMMAND --help explains each with an example.
 
@@ -50,8 +50,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> int:
+    arguments = sys.argv[1:] if argv is None else argv
     try:
-        options = _parser().parse_args(argv)
+        if arguments and arguments[0] in _GONE:
+            raise UsageError(f"there is no command {arguments[0]}: {_GONE[arguments[0]]}")
+        options = _parser().parse_args(arguments)
         return int(options.run(options))
     except SystemExit as stop:  # argparse has printed help, the version or its complaint
         return stop.code if isinstance(stop.code, int) else int(Exit.OK)

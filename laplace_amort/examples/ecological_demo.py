@@ -9,7 +9,6 @@ from torch import Tensor
 
 from laplace_amort import FitStatus
 from laplace_amort.examples import ecological
-from laplace_amort.examples.demo import own_settings
 from laplace_amort.examples.ecological_plots import tables_figure
 from laplace_amort.examples.ecological_scores import (
     Score,
@@ -19,6 +18,7 @@ from laplace_amort.examples.ecological_scores import (
     overall_table,
     score_table,
 )
+from laplace_amort.examples.settings import own_settings
 
 __all__ = ["TITLE", "EcologicalResult", "figure", "run"]
 

@@ -4,7 +4,7 @@ from laplace_amort.model.handlers import SubsampledPlate
 from laplace_amort.model.layout import UnitLayout, find_layout
 from laplace_amort.model.log_joint import LogJoint
 from laplace_amort.model.observed import ObservedSite, observed_sites, with_data_drawn
-from laplace_amort.model.sites import init_to_zero, plates_of
+from laplace_amort.model.sites import plates_of
 from laplace_amort.model.terms import separated, unit_owners, unit_terms
 from laplace_amort.model.unit_model import UnitModel, UnitModels
 
@@ -16,7 +16,6 @@ __all__ = [
     "UnitModel",
     "UnitModels",
     "find_layout",
-    "init_to_zero",
     "observed_sites",
     "plates_of",
     "separated",

@@ -15,7 +15,6 @@ __all__ = ["blank_figure", "note_left_out", "require_matplotlib", "save_figure",
 # Okabe and Ito's palette, which color-blind readers can tell apart; line styles tell the same in print.
 UNAMORTIZED, JOINT, MARGINAL, GREEN, PURPLE = "#E69F00", "#D55E00", "#0072B2", "#009E73", "#CC79A7"
 REFERENCE, RAW = "#000000", "#9A9A9A"
-BARS: dict[str, Any] = {"marker": "o", "markersize": 1.8, "elinewidth": 0.9, "linestyle": "none"}
 ON_EDGE: dict[str, Any] = {"clip_on": False, "in_layout": False}  # or markers that are not there take room
 STYLE: dict[str, Any] = {
     "font.size": 8,

@@ -8,7 +8,7 @@ from laplace_amort.posterior.predictive import ConditionedUnits, NewUnits, SeenU
 from laplace_amort.posterior.proposals import matched_normal
 from laplace_amort.posterior.psis import K_GOOD, pareto_smoothed
 from laplace_amort.posterior.quantiles import weighted_quantiles
-from laplace_amort.posterior.tables import globals_table, records_frame, require_pandas
+from laplace_amort.posterior.tables import globals_table, records_frame
 from laplace_amort.posterior.unit_draws import LinearUnits, NestedUnits, WeightedUnits
 
 __all__ = [
@@ -30,6 +30,5 @@ __all__ = [
     "matched_normal",
     "pareto_smoothed",
     "records_frame",
-    "require_pandas",
     "weighted_quantiles",
 ]

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import io
+import os
 import subprocess
 import sys
 import textwrap
@@ -9,12 +10,13 @@ import textwrap
 import pyro
 import pytest
 import torch
+from helpers.demo_results import demo_result
 from pyro.infer import SVI
 
 import laplace_amort
 from laplace_amort.cli import demo as demo_command
 from laplace_amort.cli import main as cli
-from laplace_amort.examples import demo
+from laplace_amort.examples import demo, svi_demo
 
 CASES = """\
 import pyro
@@ -111,7 +113,15 @@ number = 3
 @pytest.fixture(autouse=True)
 def _few_particles(monkeypatch):
     """These tests look at streams and exit codes; the ELBOs may be rough."""
-    monkeypatch.setattr(demo, "_EVALUATION", (2, 10))
+    monkeypatch.setattr(svi_demo, "_EVALUATION", (2, 10))
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """What reaches the demo: its results are made once."""
+    calls = []
+    monkeypatch.setattr(demo, "run", lambda name, **kwargs: calls.append((name, kwargs)) or demo_result(name))
+    return calls
 
 
 @pytest.fixture
@@ -147,6 +157,11 @@ def test_version_and_help(capsys):
         (["sing"], "invalid choice: 'sing'"),
         (["demo", "schools"], "invalid choice: 'schools'"),
         (["demo", "--steps", "0"], "0 is not a positive number"),
+        (["demo", "--steps", "9"], "--steps are those of SVI:\n    --svi"),
+        (["demo", "--svi", "--plot", "a.png"], "--svi prints tables, and draws nothing: leave --plot out"),
+        (["demo", "senc", "--svi"], "--svi is for multisite, epil, radon"),
+        (["bench", "--sizes", "100"], "there is no command bench: how long fits take on this machine is measured by"),
+        (["bench"], "benchmarks/step_cost.py of the repository"),
         (["demo", "--steps", "many"], "invalid"),
         (["demo", "--plot", "a.png", "--no-plot"], "not allowed with argument"),
         (["demo", "--plot", "nowhere/a.png"], "there is no directory nowhere to write the plot to"),
@@ -224,55 +239,70 @@ def test_check_of_what_cannot_be_checked(cases, capsys, factory, message):
     assert message in err
 
 
-@pytest.mark.parametrize("name", demo.PROBLEMS)
-def test_demo_prints_a_table_and_writes_its_plot(tmp_path, monkeypatch, capsys, name):
+@pytest.mark.parametrize("name", demo.EXAMPLES)
+def test_demo_prints_a_table_and_writes_its_plots(tmp_path, monkeypatch, capsys, seen, name):
     monkeypatch.chdir(tmp_path)
-    code, out, err = run(capsys, "demo", name, "--steps", "1", "--quiet")
+    code, out, err = run(capsys, "demo", name, "--quiet")
     assert (code, err) == (0, "")
     assert out.startswith(f"{name}: ")
-    assert out.endswith(f"\nPlot: {name}.png\n")
-    assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+    plots = ["", "_family", *(f"_{site}" for site in demo.EXAMPLES[name].locals_)]
+    assert out.endswith(f"\nPlot: {', '.join(f'{name}{addition}.png' for addition in plots)}\n")
+    for addition in plots:
+        assert (tmp_path / f"{name}{addition}.png").stat().st_size > 10_000
 
 
 def test_demo_list_fits_nothing(capsys, monkeypatch):
     monkeypatch.delattr(demo, "run")
     code, out, err = run(capsys, "demo", "--list")
     assert (code, err) == (0, "")
-    assert [line.split()[0] for line in out.splitlines()] == [*demo.PROBLEMS, "senc"]
+    assert [line.split()[0] for line in out.splitlines()] == [*demo.EXAMPLES, "senc"]
 
 
-def test_demo_options_reach_the_run(tmp_path, monkeypatch, capsys):
-    seen = []
-    original = demo.run
-    monkeypatch.setattr(demo, "run", lambda *args, **kwargs: seen.append((args, kwargs)) or original(*args, **kwargs))
+def test_demo_options_reach_the_run(tmp_path, monkeypatch, capsys, seen):
     path = tmp_path / "own.pdf"
-    code, out, _ = run(capsys, "demo", "--steps", "2", "--seed", "7", "--plot", str(path))
+    code, out, _ = run(capsys, "demo", "--seed", "7", "--plot", str(path))
     assert code == 0
-    assert seen == [(("multisite",), {"steps": 2, "seed": 7, "progress": True})]
+    assert seen == [("multisite", {"seed": 7, "progress": True})]
     assert path.read_bytes().startswith(b"%PDF")
-    assert f"Plot: {path}" in out
+    assert f"Plot: {path}, " in out
+    drawn = sorted(tmp_path.iterdir())
     monkeypatch.chdir(tmp_path)
-    code, out, _ = run(capsys, "demo", "--steps", "1", "--no-plot")
+    code, out, _ = run(capsys, "demo", "--no-plot")
     assert code == 0
     assert "Plot" not in out
-    assert list(tmp_path.iterdir()) == [path]
+    assert sorted(tmp_path.iterdir()) == drawn
 
 
-def test_demo_without_matplotlib(tmp_path, monkeypatch, capsys):
+def test_options_of_svi_reach_the_run(tmp_path, monkeypatch, capsys):
+    seen, original = [], svi_demo.run
+    monkeypatch.setattr(
+        svi_demo, "run", lambda *args, **kwargs: seen.append((args, kwargs)) or original(*args, **kwargs)
+    )
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(capsys, "demo", "--svi", "--steps", "2", "--seed", "7", "--quiet")
+    assert (code, err) == (0, "")
+    assert seen == [(("multisite",), {"steps": 2, "seed": 7, "progress": False})]
+    assert out.startswith("multisite: ")
+    assert out.count("NUTS") == 3
+    assert "Plot" not in out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_demo_without_matplotlib(tmp_path, monkeypatch, capsys, seen):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.chdir(tmp_path)
-    code, out, err = run(capsys, "demo", "--steps", "1")
+    code, out, err = run(capsys, "demo")
     assert code == 0
     assert "Plot" not in out
     assert 'no plot: plots need matplotlib; install it with\n    pip install "laplace_amort[plots]"' in err
-    code, out, err = run(capsys, "demo", "--steps", "1", "--plot", "a.png")
+    code, out, err = run(capsys, "demo", "--plot", "a.png")
     assert (code, out) == (2, "")
     assert 'pip install "laplace_amort[plots]"' in err
 
 
-def test_a_plot_that_cannot_be_written_comes_after_the_table(tmp_path, capsys):
+def test_a_plot_that_cannot_be_written_comes_after_the_table(tmp_path, capsys, seen):
     (tmp_path / "taken.png").mkdir()
-    code, out, err = run(capsys, "demo", "--steps", "1", "--plot", str(tmp_path / "taken.png"))
+    code, out, err = run(capsys, "demo", "--plot", str(tmp_path / "taken.png"))
     assert code == 1
     assert "log evidence" in out
     assert "the plot could not be written to" in err
@@ -288,10 +318,22 @@ def test_an_interrupt_prints_what_was_found(monkeypatch, capsys):
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(SVI, "step", interrupted)
-    code, out, err = run(capsys, "demo", "--steps", "9", "--no-plot", "--quiet")
+    code, out, err = run(capsys, "demo", "--svi", "--steps", "9", "--quiet")
     assert code == 130
     assert "Interrupted after 2 of 9 steps" in out
     assert err == "laplace-amort: interrupted\n"
+
+
+def test_an_interrupt_between_the_fits_prints_the_first(tmp_path, monkeypatch, capsys):
+    whole = demo_result("multisite")
+    part = {"family": whole.fits["family"]}, {"family": whole.moments["family"]}
+    found = demo.DemoResult(whole.yardstick, whole.args, *part, interrupted=True)
+    monkeypatch.setattr(demo, "run", lambda *args, **kwargs: found)
+    monkeypatch.chdir(tmp_path)
+    code, out, err = run(capsys, "demo", "--quiet")
+    assert (code, err) == (130, "laplace-amort: interrupted\n")
+    assert "family, FixedDrawELBO():" in out
+    assert "Plot: multisite.png, multisite_t.png" in out
 
 
 def test_an_interrupt_before_anything_was_found(monkeypatch, capsys):
@@ -348,23 +390,25 @@ def test_in_a_process_of_its_own(tmp_path):
     program = textwrap.dedent(
         """
         import sys
-        from laplace_amort.examples import demo
         from laplace_amort.cli.main import main
-        demo._EVALUATION = 2, 10
-        sys.exit(main(["demo", "--steps", "1"]))
+        sys.exit(main(["demo"]))
         """
     )
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", program],
         cwd=tmp_path,
-        env={"PATH": "", "OMP_NUM_THREADS": "1", "MPLCONFIGDIR": str(tmp_path / "matplotlib")},
+        env={
+            "PATH": "",
+            "OMP_NUM_THREADS": "1",
+            "MPLCONFIGDIR": str(tmp_path / "matplotlib"),
+            "PYTHONPATH": os.environ.get("PYTHONPATH", ""),
+        },
         capture_output=True,
         text=True,
         encoding="utf-8",
-        timeout=120,
         check=False,
     )
     assert done.stderr == ""
     assert done.returncode == 0
-    assert done.stdout.endswith("Plot: multisite.png\n")
+    assert done.stdout.endswith("Plot: multisite.png, multisite_family.png, multisite_t.png\n")
     assert (tmp_path / "multisite.png").exists()

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib
 import io
 import re
 import shlex
@@ -9,7 +10,7 @@ import shlex
 import pytest
 from helpers import documents
 
-from laplace_amort.cli import bench, fit
+from laplace_amort.cli import fit
 from laplace_amort.cli import main as cli
 from laplace_amort.cli.exits import Exit
 
@@ -42,7 +43,9 @@ def test_the_page_has_files_commands_and_outputs():
     files = [file_of(block) for block in BLOCKS if file_of(block)]
     assert files == ["trial.csv", "trial.py", "trial.py"]
     typed = {command[1] for command in documents.command_lines(TEXT) if command[0] == "laplace-amort"}
-    assert typed >= {"fit", "bench", "demo", "check"}
+    assert typed >= {"fit", "demo", "check"}
+    scripts = {command[1] for command in documents.command_lines(TEXT) if command[0] == "python"}
+    assert scripts == {"benchmarks/step_cost.py"}
 
 
 def masked(text):
@@ -51,26 +54,34 @@ def masked(text):
     return [re.sub(r"-{2,}", "-", line).split()[:_WORDS] for line in lines if line.strip()]
 
 
-def typed(line):
+@pytest.fixture
+def step_cost(monkeypatch):
+    """The script that the page runs."""
+    monkeypatch.syspath_prepend(documents.ROOT / "benchmarks")
+    return importlib.import_module("step_cost")
+
+
+def typed(line, scripts):
     """Run a line in this process, and return the exit code and both streams."""
     (words, *_) = documents._simple_commands(shlex.split(line))
-    assert words[0] == "laplace-amort"
+    main, arguments = (cli.main, words[1:]) if words[0] == "laplace-amort" else (scripts[words[1]], words[2:])
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = cli.main(words[1:])
+        code = main(arguments)
     return code, out.getvalue(), err.getvalue()
 
 
-def test_every_line_does_what_is_shown(directory, monkeypatch):
-    monkeypatch.setattr(bench, "_DENSE_LATENTS", 50)
-    monkeypatch.setattr(bench, "_SECONDS", 0.0)
+def test_every_line_does_what_is_shown(directory, step_cost, monkeypatch):
+    monkeypatch.setattr(step_cost, "_DENSE_LATENTS", 50)
+    monkeypatch.setattr(step_cost, "_SECONDS", 0.0)
     monkeypatch.setattr(fit, "diagnose", functools.partial(fit.diagnose, simulations=10))
+    scripts = {"benchmarks/step_cost.py": step_cost.main}
     out = err = ""
     compared = 0
     for block in BLOCKS:
         if block.language == "sh":
             for line in block.source.splitlines():
-                code, out, err = typed(line.replace("100,1000,10000", "10,20,50"))
+                code, out, err = typed(line.replace("100,1000,10000", "10,20,50"), scripts)
                 bad = {True: {Exit.NOT_TRUSTED}, False: {Exit.OK}}["elbo --diagnose" in line]
                 assert code in bad, (line, out, err)
         elif not file_of(block) and block.language == "text":
@@ -83,14 +94,17 @@ def test_every_line_does_what_is_shown(directory, monkeypatch):
 
 def test_the_table_of_exit_codes_is_that_of_the_code():
     table = dict(re.findall(r"^(\d+) +(\S.*)$", TEXT[TEXT.index("Exit codes\n---") :], re.M))
-    assert table == {str(code.value): code.meaning for code in Exit}
+    assert table == {str(code.value): str(code) for code in Exit}
 
 
-def test_every_option_that_is_named_is_there():
+def test_every_option_that_is_named_is_there(step_cost):
     parser = cli._parser()
     commands = next(action for action in parser._actions if action.choices).choices
     options = {
-        option for command in commands.values() for action in command._actions for option in action.option_strings
+        option
+        for parser in (*commands.values(), step_cost.parser())
+        for action in parser._actions
+        for option in action.option_strings
     }
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", TEXT))
     assert named <= options | {"--help"}

@@ -30,5 +30,5 @@ def test_images_are_there_and_small():
 def test_every_figure_of_a_fit_is_shown():
     from laplace_amort import plots
 
-    figures = {name for name in plots.__all__ if name.endswith("_figure")} - {"demo_figure"}
+    figures = {name for name in plots.__all__ if name.endswith("_figure")}
     assert figures <= set(re.findall(r"plots\.(\w+_figure)\(", TEXT))

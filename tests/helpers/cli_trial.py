@@ -101,9 +101,9 @@ clinic,arm,healed,total
 5,drug,6,17
 5,control,0,12
 """
-SIGNALS_ITSELF = """\
-import os
+WAITS = """\
 import signal
+import sys
 import pyro
 import pyro.distributions as dist
 from models import model
@@ -113,10 +113,11 @@ calls = []
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def interrupting(clinic, arm, healed, total):
+def waiting(clinic, arm, healed, total):
     calls.append(None)
     if len(calls) == 40:
-        os.kill(os.getpid(), signal.SIGINT)
+        print("under way", file=sys.stderr, flush=True)
+        signal.pause()
     float(pyro.sample("n", dist.Normal(0.0, 1.0)).detach())  # so that it cannot be recorded
     model(clinic, arm, healed, total)
 """

@@ -6,7 +6,11 @@ from unittest import mock
 import torch
 
 from laplace_amort import Arrowhead, LaplaceGaussian, RepairReport
-from laplace_amort.examples import datasets, demo
+from laplace_amort.examples import svi_demo
+from laplace_amort.examples.catalogue import EXAMPLES
+from laplace_amort.examples.demo import run  # the function itself, which a test may replace in its module
+from laplace_amort.examples.settings import own_settings
+from laplace_amort.examples.yardstick import Yardstick
 
 LABELS = ["un-amortized", "joint head", "marginal head"]
 
@@ -14,23 +18,30 @@ LABELS = ["un-amortized", "joint head", "marginal head"]
 @functools.cache
 def short_results():
     """Three steps of every example, made once."""
-    with mock.patch.object(demo, "_EVALUATION", (2, 10)):
-        return {name: demo.run(name, steps=3, progress=False) for name in demo.PROBLEMS}
+    with mock.patch.object(svi_demo, "_EVALUATION", (2, 10)):
+        return {name: svi_demo.run(name, steps=3, progress=False) for name in EXAMPLES}
+
+
+@functools.cache
+def demo_result(name):
+    """A demo as it is, made once."""
+    return run(name, progress=False)
 
 
 def exact_result():
     """A result made up from the reference itself, so that every error is known: none."""
-    problem, reference = demo.PROBLEMS["multisite"], datasets.reference("multisite")
-    with demo.own_settings():
-        args = problem.example.data()
-        unit_model = problem.guides()["joint head"].gaussian(*args).unit_model
+    with own_settings():
+        yardstick = Yardstick.of("multisite")
+        guide = svi_demo.guides(yardstick.example)["joint head"]
+        unit_model = guide.gaussian(*yardstick.example.module.data()).unit_model
+    reference = yardstick.reference
     means, precisions = (
         torch.cat([value(reference.variables[name]).reshape(-1).double() for name in unit_model.density.sites])
         for value in (lambda summary: summary.mean, lambda summary: summary.sd**-2)
     )
     head, tail = precisions[:3].diag(), precisions[3:].reshape(-1, 1, 1)
     unrepaired = RepairReport(1.0, 1.0, 0.0, 0, 1)
-    fit = demo.Fit(
+    fit = svi_demo.SVIFit(
         label="joint head",
         gaussian=LaplaceGaussian(
             unit_model=unit_model,
@@ -47,4 +58,4 @@ def exact_result():
         elbo=-26.9,
         elbo_standard_error=0.01,
     )
-    return demo.DemoResult(problem, args, reference, [fit])
+    return svi_demo.SVIResult(yardstick, [fit])

@@ -1,4 +1,7 @@
-"""``laplace-amort bench``: what a fit takes on this machine, beside steps of plain Pyro's guides."""
+"""What a fit takes on this machine with more and more units, beside steps of plain Pyro's guides on the same data.
+
+Run ``python benchmarks/step_cost.py``, well under a minute; ``--help`` says more.
+"""
 
 from __future__ import annotations
 
@@ -24,18 +27,17 @@ from pyro.infer.autoguide import (
     AutoNormal,
 )
 from pyro.optim import PyroOptim
+from step_cost_models import BUILT_IN
 from tabulate import tabulate
 from tqdm import tqdm
 
 import laplace_amort
 from laplace_amort import AutoLaplaceFamily, LaplaceAmortError, Stochastic
-from laplace_amort.cli.bench_models import BUILT_IN
-from laplace_amort.cli.exits import Exit, Stop, UsageError, complain, show_traceback, table_of_codes
+from laplace_amort.cli.exits import Exit, Stop, complain, table_of_codes
+from laplace_amort.cli.factories import call, read
 from laplace_amort.cli.fit import OBJECTIVES
 from laplace_amort.cli.settings import default_dtype
-from laplace_amort.cli.targets import current_directory_importable, describe, load_target, strategy
-
-__all__ = ["PEERS", "Row", "add_parser", "measure", "run"]
+from laplace_amort.cli.targets import current_directory_importable, load_target, strategy
 
 PEERS = {
     guide.__name__: guide
@@ -50,7 +52,7 @@ For each number of units: seconds until the fit has converged, evaluations of th
 milliseconds for each, and by how much the memory of this process has grown at its peak. For each peer: milliseconds for
 one step of plain SVI (Trace_ELBO, one particle, Adam), and how many such steps the whole fit is worth. How many steps a
 peer needs is not measured here, nor how good it gets in the end: thousands are usual. Compare fits, not steps, with
-benchmarks/rivals in the repository, which has Pyro's and NumPyro's guides, NUTS, TMB, lme4 and glmmTMB at equal errors.
+benchmarks/rivals, which has Pyro's and NumPyro's guides, NUTS, TMB, lme4 and glmmTMB at equal errors.
 
 A model of your own needs a function of the number of units. In mymodel.py:
 
@@ -58,8 +60,8 @@ A model of your own needs a function of the number of units. In mymodel.py:
       counts = torch.poisson(torch.randn(num_units).exp())
       return model, (counts,)
 
-  laplace-amort bench mymodel.py:make --sizes 100,1000 --against AutoNormal
-  laplace-amort bench logistic --format csv > bench.csv
+  python benchmarks/step_cost.py mymodel.py:make --sizes 100,1000 --against AutoNormal
+  python benchmarks/step_cost.py logistic --format csv > step_cost.csv
 
 Times are of one run each, on a machine that may do other things: repeat it before you rely on a factor below two.
 
@@ -90,31 +92,39 @@ class Row:
     steps: dict[str, float] = field(default_factory=dict)
 
 
-def add_parser(commands: Any) -> None:
-    """Add the command."""
-    parser = commands.add_parser(
-        "bench",
-        help="measure how long fits take on this machine",
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    found = argparse.ArgumentParser(
         description="Measure how long a fit takes with more and more units, beside one step of SVI with guides of "
         "plain Pyro on the same data. The default takes well under a minute.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("target", nargs="?", default="poisson", metavar="MODEL",
-                        help=f"{', '.join(BUILT_IN)} (default %(default)s), or FILE.py:FACTORY")  # fmt: skip
-    parser.add_argument("--sizes", type=_sizes, default=[100, 1000, 10000, 100000], metavar="N,N,...",
-                        help="numbers of units (default 100,1000,10000,100000)")  # fmt: skip
-    parser.add_argument("--objective", default="ladder", metavar="NAME", help=f"{', '.join(OBJECTIVES)}, as of fit")
-    parser.add_argument("--against", type=_peers, default=["AutoNormal", "AutoMultivariateNormal"], metavar="GUIDE,...",
-                        help=f"peers of {', '.join(PEERS)}, or none (default the first two)")  # fmt: skip
-    parser.add_argument("--seed", type=int, default=0, help="of data and fits (default 0)")
-    parser.add_argument("--format", choices=("table", "csv"), default="table", help="of the output (default table)")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    parser.set_defaults(run=run)
+    found.add_argument("target", nargs="?", default="poisson", metavar="MODEL",
+                       help=f"{', '.join(BUILT_IN)} (default %(default)s), or FILE.py:FACTORY")  # fmt: skip
+    found.add_argument("--sizes", type=_sizes, default=[100, 1000, 10000, 100000], metavar="N,N,...",
+                       help="numbers of units (default 100,1000,10000,100000)")  # fmt: skip
+    found.add_argument("--objective", default="ladder", metavar="NAME",
+                       help=f"{', '.join(OBJECTIVES)}, as of laplace-amort fit")  # fmt: skip
+    found.add_argument("--against", type=_peers, default=["AutoNormal", "AutoMultivariateNormal"], metavar="GUIDE,...",
+                       help=f"peers of {', '.join(PEERS)}, or none (default the first two)")  # fmt: skip
+    found.add_argument("--seed", type=int, default=0, help="of data and fits (default 0)")
+    found.add_argument("--format", choices=("table", "csv"), default="table", help="of the output (default table)")
+    found.add_argument("--quiet", action="store_true", help="no progress bar")
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure, print, and return the exit code."""
+    options = parser().parse_args(argv)
+    try:
+        return run(options)
+    except Stop as stop:
+        return complain(str(stop), stop.code)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure, print, and return the exit code."""
+    """Measure, print what was measured, and return the exit code."""
     objective = strategy(options.objective, OBJECTIVES, "--objective")
     rows: list[Row] = []
     code = Exit.OK
@@ -162,14 +172,9 @@ def measure(
 
 
 def _made(target: str, make: Callable[..., Any], size: int) -> tuple[Any, tuple[Any, ...]]:
-    try:
-        found = make(size)
-    except Exception as error:
-        show_traceback(error, getattr(getattr(make, "__code__", None), "co_filename", None))
-        raise Stop(f"{target}({size}) raised {type(error).__name__}: {error}") from error
-    if not (isinstance(found, tuple) and len(found) == 2 and callable(found[0]) and isinstance(found[1], tuple | list)):
-        raise UsageError(f"{target}(num_units) must return (model, args); it returned {describe(found)}")
-    return found[0], tuple(found[1])
+    said = f"{target}({size})"
+    made = read(call(make, said, size, error=Stop), f"{target}(num_units)", (2,))
+    return made.model, made.args
 
 
 def _fitted(size: int, model: Any, args: tuple[Any, ...], objective: Any, seed: int, before: float) -> Row:
@@ -278,3 +283,7 @@ def _peers(text: str) -> list[str]:
         if name not in PEERS:
             raise argparse.ArgumentTypeError(f"there is no peer '{name}'; there are {', '.join(PEERS)}, or none")
     return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,4 +1,4 @@
-"""The models that ``laplace-amort bench`` has of its own, with data of any number of units."""
+"""The models that ``step_cost.py`` has of its own, with data of any number of units."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor
-
-__all__ = ["BUILT_IN", "logistic", "normal", "poisson"]
 
 _EACH = 3  # observations of a unit
 

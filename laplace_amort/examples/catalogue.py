@@ -1,4 +1,4 @@
-"""What the demo has to know of each example: its guides, and what its numbers mean."""
+"""What the demos have to know of each example: the mode of its units, and what its numbers mean."""
 
 from __future__ import annotations
 
@@ -9,61 +9,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from laplace_amort import (
-    AutoLaplaceFamily,
-    ClosedFormMode,
-    FreeMode,
-    JointCurvature,
-    MarginalCurvature,
-    NewtonMode,
-    SoftAbs,
-)
+from laplace_amort import ClosedFormMode, NewtonMode
 from laplace_amort.examples import datasets, epil, multisite, radon
-from laplace_amort.units import Mode
 
-__all__ = ["PROBLEMS", "REPAIR", "Estimates", "Problem"]
-
-# Where a fit starts the information is often indefinite, and an eigenvalue on its way through zero gives the guide a
-# standard deviation of 1 / sqrt(floor) there. With the default floor that is an ELBO so low that the un-amortized guide
-# of epil stays on the wrong side, and its joint head for some hundred steps. At a maximum no eigenvalue comes near this
-# floor: the report says so.
-REPAIR = SoftAbs(floor=3e-3)
+__all__ = ["EXAMPLES", "Estimates", "Example"]
 
 Estimates = dict[str, tuple[Tensor, Tensor]]  # by site: an estimate for every unit, and its standard error
 
 
 @dataclass(frozen=True)
-class Problem:
+class Example:
     """One example, and what its numbers mean.
 
-    :param str name: name of the problem, and of its reference posterior.
+    :param str name: name of the example, and of its reference posterior.
     :param str title: one line on the data and the model.
-    :param example: the module with ``data`` and ``model``.
+    :param module: with ``data`` and ``model``.
     :param str unit: what one unit is.
     :param locals_: what the local sites are, in words.
     :param raw_estimates: from the arguments of the model and the reference to the units' own estimates, without
         pooling; NaN where a unit has none.
     :param labels: what the elements of a global site mean, by site.
-    :param mode: of the amortized guides.
+    :param mode: how the amortized guides find the mode of a unit.
     """
 
     name: str
     title: str
-    example: Any
+    module: Any
     unit: str
     locals_: Mapping[str, str]
     raw_estimates: Callable[[tuple[Tensor, ...], datasets.Reference], Estimates]
     labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    mode: Mode = field(default_factory=NewtonMode)
-
-    def guides(self) -> dict[str, AutoLaplaceFamily]:
-        """Return new guides by label, in the order of their fits."""
-        model = self.example.model
-        return {
-            "un-amortized": AutoLaplaceFamily(model, FreeMode(), head=JointCurvature(), repair=REPAIR),
-            "joint head": AutoLaplaceFamily(model, self.mode, head=JointCurvature(), repair=REPAIR),
-            "marginal head": AutoLaplaceFamily(model, self.mode, head=MarginalCurvature(), repair=REPAIR),
-        }
+    mode: NewtonMode | ClosedFormMode = field(default_factory=NewtonMode)
 
 
 def _raw_effects(args: tuple[Tensor, ...], reference: datasets.Reference) -> Estimates:
@@ -87,29 +63,29 @@ def _raw_lines(args: tuple[Tensor, ...], reference: datasets.Reference) -> Estim
     return {"alpha": (basement, variance[0].sqrt()), "beta": (ground - basement, (variance[0] + variance[1]).sqrt())}
 
 
-PROBLEMS = {
-    "multisite": Problem(
+EXAMPLES = {
+    "multisite": Example(
         name="multisite",
         title="44 sites of an education experiment, Student-t effects, the conditional mode in closed form",
-        example=multisite,
+        module=multisite,
         unit="site",
         locals_={"t": "effect less mu"},
         raw_estimates=_raw_effects,
         mode=ClosedFormMode(multisite.closed_form_mode),
     ),
-    "epil": Problem(
+    "epil": Example(
         name="epil",
         title="59 patients of an epilepsy trial, Poisson log-normal counts, the conditional mode by Newton steps",
-        example=epil,
+        module=epil,
         unit="patient",
         locals_={"u": "log of rate ratio"},
         raw_estimates=_raw_log_rates,
         labels={"beta": ("intercept", "log base", "treatment", "treatment x base", "log age", "period 4")},
     ),
-    "radon": Problem(
+    "radon": Example(
         name="radon",
         title="919 homes in 85 counties, intercept and slope of each county, the conditional mode by Newton steps",
-        example=radon,
+        module=radon,
         unit="county",
         locals_={"alpha": "log radon in the basement", "beta": "ground floor less basement"},
         raw_estimates=_raw_lines,
