@@ -1,6 +1,6 @@
 """Functions of globals and units, and their derivatives: two paths of one parameter, information, recordings."""
 
-from laplace_amort.autodiff.batching import Gradients, SeparableDensity, values_and_gradients
+from laplace_amort.autodiff.batching import Gradients, SeparableDensity, at_points, values_and_gradients
 from laplace_amort.autodiff.derivatives import differentiate, refuse_without_autograd, reverse_passes
 from laplace_amort.autodiff.graph import ancestors_of
 from laplace_amort.autodiff.information import (
@@ -29,6 +29,7 @@ __all__ = [
     "SeparableDensity",
     "ancestors_of",
     "arrowhead_information",
+    "at_points",
     "check_paths",
     "check_structure",
     "differentiate",
