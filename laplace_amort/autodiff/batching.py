@@ -153,9 +153,13 @@ def values_and_gradients(
     mapped, chunk = _mapping(function)(function, (0, 0)), _chunk(function)
     chunks = zip(global_.split(chunk), local.split(chunk), strict=True)
     parts = [_gradients(mapped, *some, parameters) for some in chunks]
-    values, in_global, in_local, in_parameters = zip(*parts, strict=True)
-    totals = [torch.stack(column).sum(0) for column in zip(*in_parameters, strict=True)]
-    return Gradients(torch.cat(values), torch.cat(in_global), torch.cat(in_local), totals)
+    columns = zip(*(part.in_parameters for part in parts), strict=True)
+    return Gradients(
+        values=torch.cat([part.values for part in parts]),
+        in_global=torch.cat([part.in_global for part in parts]),
+        in_local=torch.cat([part.in_local for part in parts]),
+        in_parameters=[torch.stack(column).sum(0) for column in columns],
+    )
 
 
 def _gradients(mapped: Density, global_: Tensor, local: Tensor, parameters: Sequence[Tensor]) -> Gradients:

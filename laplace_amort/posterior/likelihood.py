@@ -15,6 +15,7 @@ marginal likelihoods*, Psychometrika 84(3), https://arxiv.org/abs/1802.04452
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -192,8 +193,6 @@ def _distinct(globals_: Tensor) -> tuple[Tensor, Tensor]:
 
 def _at_draws(function: Callable[[Tensor, Tensor], Tensor], globals_: Tensor, locals_: Tensor) -> Tensor:
     """Evaluate a function of globals and units at all draws: as a recording, if it can be recorded."""
-    try:
+    with contextlib.suppress(RecordingError):  # draw by draw, then
         function = record(function, globals_[0], locals_[0])
-    except RecordingError:
-        pass  # draw by draw, then
     return at_points(function, globals_, locals_)

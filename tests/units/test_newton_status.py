@@ -5,13 +5,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers.mode_problems import UnitProblem, assert_modes, cauchy, poisson, regression, solve
+from helpers.mode_problems import ModeSolution, UnitProblem, assert_modes, cauchy, poisson, regression, solve
 from helpers.strategies import standard_normal
 from torch import Tensor
 
 from laplace_amort.linalg.softabs import SoftAbs
-from laplace_amort.units.modes import ModeSolution
-from laplace_amort.units.newton import ModeStatus, newton_point
+from laplace_amort.units.newton import ModeStatus
+from laplace_amort.units.newton_step import newton_point
 
 
 def beside(problem: UnitProblem, odd: Callable[[Tensor, Tensor], Tensor], start: float) -> UnitProblem:
