@@ -13,7 +13,8 @@ from laplace_amort.autodiff.information import (
     observed_information,
     subsample_information,
 )
-from laplace_amort.autodiff.paths import CURVATURE, DualPath, DualPathParam, check_paths, dual_path, is_dual_edge
+from laplace_amort.autodiff.path_checks import check_paths
+from laplace_amort.autodiff.paths import CURVATURE, DualPath, DualPathParam, dual_path, is_dual_edge
 from laplace_amort.autodiff.points import nearby
 from laplace_amort.autodiff.recording import Recording, record
 from laplace_amort.autodiff.structure import check_structure

@@ -167,7 +167,6 @@ def _gradients(mapped: Density, global_: Tensor, local: Tensor, parameters: Sequ
     with torch.enable_grad():
         draws = [global_.detach().requires_grad_(), local.detach().requires_grad_()]
         values = mapped(*draws)
-        in_global, in_local, *rest = torch.autograd.grad(
-            values.sum(), [*draws, *parameters], allow_unused=True, materialize_grads=True
-        )
-    return Gradients(values.detach(), in_global, in_local, rest)
+        in_global, in_local, *rest = torch.autograd.grad(values.sum(), [*draws, *parameters], materialize_grads=True)
+    # Zeros that are filled in require a gradient in some versions of torch.
+    return Gradients(values.detach(), in_global.detach(), in_local.detach(), [part.detach() for part in rest])

@@ -205,9 +205,9 @@ class UnitIntegrals:
             rest = log_det.sum() + shared.sum() + _weighted_nodes(in_nodes, there, points)
             gradients = in_globals
             if theta.numel() and rest.requires_grad:
-                gradients = gradients + torch.autograd.grad(rest, theta, allow_unused=True, materialize_grads=True)[0]
+                gradients = gradients + torch.autograd.grad(rest, theta, materialize_grads=True)[0]
         total = (values + log_det.detach()).sum(-1) + shared.detach()
-        return Integrals(_where_found(total, there), gradients, there.mode.detach(), ~there.found)
+        return Integrals(_where_found(total, there), gradients.detach(), there.mode.detach(), ~there.found)
 
     def _partial(
         self, globals_: Tensor, there: Conditionals, points: QuadraturePoints, reduce: Reduction
@@ -229,7 +229,7 @@ class UnitIntegrals:
         in_globals, in_nodes = torch.zeros_like(globals_), []
         for some, weight in zip(chunks, weights.split([len(some) for some in chunks], dim=1), strict=True):
             theta, nodes, at_nodes = only or self._graph(globals_, there.at(some))
-            found = torch.autograd.grad(at_nodes, (theta, nodes), weight, allow_unused=True, materialize_grads=True)
+            found = torch.autograd.grad(at_nodes, (theta, nodes), weight, materialize_grads=True)
             in_globals = in_globals + found[0]
             in_nodes.append(found[1])
         return reduced.detach(), in_globals, torch.cat(in_nodes, dim=1)
