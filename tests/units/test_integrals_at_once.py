@@ -200,7 +200,8 @@ def test_no_globals(rule, how):
     problem = Problem("without_globals", num_globals=2, how=how)
     found = problem.gradients(rule)
     assert found.gradients.shape == (2, 0)
-    assert found.values[0] == found.values[1]
+    # Twice the same, in two places of one vector, where the last bit may differ.
+    assert float(found.values[0]) == pytest.approx(float(found.values[1]), rel=1e-13)
     torch.testing.assert_close(problem.values(rule).values, found.values, rtol=1e-12, atol=1e-12)
 
 
