@@ -28,7 +28,7 @@ def variants(num_units: int) -> tuple[dict[str, Callable[..., Any]], tuple[torch
     """The log joint in three forms, and globals with the modes of the units there."""
     pyro.clear_param_store()
     problem = Problem(AutoLaplaceFamily(model), (counts(num_units),), {})
-    unit_model, global_ = problem.unit_model, torch.tensor([0.5, -0.36])
+    unit_model, global_ = problem.unit_model.live(), torch.tensor([0.5, -0.36])
     local = problem.mode.find(unit_model, global_, problem.start_at(global_)).detach()
     with mock.patch("laplace_amort.autodiff.recording.simplified", lambda graph: (graph, 0)):
         plain = record(unit_model.log_joint, global_, local)

@@ -47,7 +47,7 @@ def recordings(run: Callable[..., Any], args: tuple[Any, ...]) -> tuple[dict[str
     """A log joint recorded with all rules, and without each; at globals near zero and the modes of the units."""
     pyro.clear_param_store()
     problem = Problem(AutoLaplaceFamily(run), args, {})
-    units, global_ = problem.unit_model, nearby(problem.loc, 0.1)
+    units, global_ = problem.unit_model.live(), nearby(problem.loc, 0.1)
     local = problem.mode.find(units, global_, problem.start_at(global_)).detach()
     made = {}
     for rule in (None, EXPANDED, *simplify.RULES):

@@ -38,6 +38,7 @@ def check_paths(dual: DualPath, mode: Any, log_prob: Tensor | None = None) -> No
     Example::
 
         >>> import torch
+        >>> from laplace_amort import dual_path
         >>> dual = dual_path(torch.zeros(2, requires_grad=True))
         >>> check_paths(dual, dual.mean.exp())
         >>> check_paths(dual, dual.curvature.exp())

@@ -134,6 +134,10 @@ class Trial(NamedTuple):
 def accepted(trial: Trial) -> Tensor:
     """Return whether the end of a step is where the unit shall stand, in one of three cases: bool, ``(N,)``.
 
+    - *uphill*: the step ends before the maximum along it;
+    - *bracketed*: it ends past the maximum, but not by far, and the log joint curves downwards there;
+    - *steady*: whatever the slope says, it consists of rounding errors.
+
     Example: not past the maximum, past it, too far past it, past an inflection, and a matter of rounding errors::
 
         >>> slope, bend = torch.tensor([0.3, -0.5, -2., -0.5, -2.]), torch.tensor([-1., 1., 1., -1., 1.])
