@@ -1,11 +1,11 @@
 r"""Algebra on recorded operations: the same function, in fewer and smaller operations.
 
-A density is written for any parameters, and what a model passes is often simpler: the logarithm of an exponential, or
-one scale for all units. Derivatives of third and fourth order pay for that many times over. Two things are changed:
+A density is written for any parameters, and what a model passes is often simpler: an exponential as a rate, or one
+scale for all units. Derivatives of third and fourth order pay for that many times over. Three things are changed:
 
 - a tensor that was expanded is used unexpanded by all that works element by element, and expanded after it if need be;
-- :math:`\log e^x = x`, :math:`z \log e^x = z x`, :math:`x^2 = x \cdot x`, and a division of many numbers by few is a
-  multiplication by their reciprocals;
+- :math:`z \log e^x = z x`, :math:`x^2 = x \cdot x`, a division of many numbers by few is a multiplication by their
+  reciprocals, and what adds zero or multiplies by one does nothing;
 - where torch writes a smooth density with a kink, in Binomial, it is written without.
 
 Results are the same but for rounding errors; :func:`~laplace_amort.autodiff.recording.record` compares them.
@@ -182,11 +182,6 @@ def _neutral(work: _Simplifier, old: fx.Node, args: list[Any]) -> _Operation | N
     return (None, args[:1]) if applies else None
 
 
-def _log_of_exp(work: _Simplifier, old: fx.Node, args: list[Any]) -> _Operation | None:
-    applies = old.target is _aten.log.default and _is_exp(args[0])
-    return (None, [_exponent(args[0])]) if applies else None
-
-
 def _xlogy_of_exp(work: _Simplifier, old: fx.Node, args: list[Any]) -> _Operation | None:
     applies = old.target is _aten.xlogy.Tensor and _is_exp(args[1])
     return (_aten.mul.Tensor, [args[0], _exponent(args[1])]) if applies else None
@@ -210,7 +205,6 @@ def _many_by_few(work: _Simplifier, old: fx.Node, args: list[Any]) -> _Operation
 RULES: dict[str, Callable[[_Simplifier, fx.Node, list[Any]], _Operation | None]] = {
     "smooth softplus": _smooth_softplus,
     "neutral numbers": _neutral,
-    "log of exp": _log_of_exp,
     "xlogy of exp": _xlogy_of_exp,
     "square": _square,
     "many by few": _many_by_few,

@@ -168,7 +168,7 @@ def rich(theta, y):
     """Every rule of the algebra applies to it, and there is something to merge."""
     scale = theta[0].exp()
     residual = (y - theta[1] + 1.0) / scale
-    first = (scale.expand(2, 3).log() * y.sin()).sum() - (residual**2).reshape(-1).sum()
+    first = torch.xlogy(y.sin(), scale.expand(2, 3)).sum() - (residual**2).reshape(-1).sum()
     return first + y.cos().sin().sum() + scale.expand(2, 3).sum()
 
 
