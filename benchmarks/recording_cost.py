@@ -1,8 +1,8 @@
 """What recording a model saves in a fit, as ratios of one run: the log joint, and the marginal Laplace density.
 
 Run ``python benchmarks/recording_cost.py``; ``--units 1000 100000`` chooses. *Run* is the Pyro model itself, *recorded*
-its tensor operations repeated, *simplified* these after the algebra of ``laplace_amort/simplify.py``. The marginal
-Laplace is value, gradient and Hessian at the modes: derivatives up to the fourth.
+its tensor operations repeated, *simplified* these after the algebra of ``laplace_amort/autodiff/simplify.py``. The
+marginal Laplace is value, gradient and Hessian at the modes: derivatives up to the fourth.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from family_cost import counts, model
 from measure import machine, print_ratios, seconds
 
 from laplace_amort import AutoLaplaceFamily
-from laplace_amort.autodiff.recording import record
-from laplace_amort.units.marginal import laplace_marginal
+from laplace_amort.autodiff import record
+from laplace_amort.guide import Problem
+from laplace_amort.units import laplace_marginal
 
 
 def variants(num_units: int) -> tuple[dict[str, Callable[..., Any]], tuple[torch.Tensor, torch.Tensor]]:
     """The log joint in three forms, and globals with the modes of the units there."""
     pyro.clear_param_store()
-    guide = AutoLaplaceFamily(model)
-    unit_model = guide.unit_model(counts(num_units))
-    global_ = torch.tensor([0.5, -0.36])
-    local = guide.mode.find(unit_model, global_, guide.warm_start.intercept).detach()
+    problem = Problem(AutoLaplaceFamily(model), (counts(num_units),), {})
+    unit_model, global_ = problem.unit_model.live(), torch.tensor([0.5, -0.36])
+    local = problem.mode.find(unit_model, global_, problem.start_at(global_)).detach()
     with mock.patch("laplace_amort.autodiff.recording.simplified", lambda graph: (graph, 0)):
         plain = record(unit_model.log_joint, global_, local)
     simplified = record(unit_model.log_joint, global_, local)

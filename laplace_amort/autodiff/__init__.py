@@ -1,6 +1,6 @@
 """Functions of globals and units, and their derivatives: two paths, information, recordings."""
 
-from laplace_amort.autodiff.batching import Gradients, SeparableDensity, values_and_gradients
+from laplace_amort.autodiff.batching import Gradients, SeparableDensity, at_points, values_and_gradients
 from laplace_amort.autodiff.derivatives import differentiate, refuse_without_autograd, reverse_passes
 from laplace_amort.autodiff.graph import ancestors_of
 from laplace_amort.autodiff.information import (
@@ -13,7 +13,8 @@ from laplace_amort.autodiff.information import (
     observed_information,
     subsample_information,
 )
-from laplace_amort.autodiff.paths import CURVATURE, DualPath, DualPathParam, check_paths, dual_path, is_dual_edge
+from laplace_amort.autodiff.path_checks import check_paths
+from laplace_amort.autodiff.paths import CURVATURE, DualPath, DualPathParam, dual_path, is_dual_edge
 from laplace_amort.autodiff.points import fixed_normal, nearby
 from laplace_amort.autodiff.recording import Recording, record
 from laplace_amort.autodiff.structure import check_structure
@@ -29,6 +30,7 @@ __all__ = [
     "SeparableDensity",
     "ancestors_of",
     "arrowhead_information",
+    "at_points",
     "check_paths",
     "check_structure",
     "differentiate",

@@ -1,4 +1,6 @@
-r"""A log joint as a sum over units, at many points at once.
+r"""A density at many points: as many of them at a time as memory is allowed for, or one by one if it is not recorded.
+
+A log joint is needed as a whole, with its gradients, and taken apart as a sum over units,
 
 .. math:: f(\theta, y) = g(\theta) + \sum_i h_i(\theta, y_i).
 """
@@ -15,10 +17,53 @@ from torch import Tensor
 from laplace_amort.autodiff.recording import Recording
 from laplace_amort.types import Density
 
-__all__ = ["Gradients", "SeparableDensity", "values_and_gradients"]
+__all__ = ["Gradients", "SeparableDensity", "at_points", "values_and_gradients"]
 
-# Bytes that the results of all operations on one chunk may take: no more than caches and allocators like.
+# Bytes that the results of all operations on one chunk may take. More is no faster: a chunk of this size takes far
+# longer than calling its operations, and memory is what large data wait for.
 _CHUNK_BYTES = 2**26
+
+_Dims = tuple[int | None, int | None]
+
+
+def _mapping(function: Density) -> Callable[[Density, _Dims], Density]:
+    """How to map a function over points: ``torch.func.vmap`` of a recording, which holds no Python, else a loop."""
+    return torch.func.vmap if isinstance(function, Recording) else _one_by_one
+
+
+def _one_by_one(function: Density, in_dims: _Dims) -> Density:
+    """Map like ``torch.func.vmap``, by a loop that any function bears."""
+
+    def mapped(*arguments: Tensor) -> Tensor:
+        size = max(len(a) for a, dim in zip(arguments, in_dims, strict=True) if dim is not None)
+        columns = [[a] * size if dim is None else a.unbind() for a, dim in zip(arguments, in_dims, strict=True)]
+        return torch.stack([function(*point) for point in zip(*columns, strict=True)])
+
+    return mapped
+
+
+def _chunk(function: Density, num_points: int = 1) -> int:
+    """How many globals to evaluate a function at, at a time, with so many points each."""
+    if not isinstance(function, Recording):
+        return 1
+    return max(1, _CHUNK_BYTES // max(function.num_bytes * num_points, 1))
+
+
+def at_points(function: Density, globals_: Tensor, locals_: Tensor) -> Tensor:
+    """Evaluate a function at ``S`` points.
+
+    :param function: of globals ``(d,)`` and units ``(N, k)``; returns a tensor ``(*)``.
+    :param Tensor globals_: ``(S, d)``.
+    :param Tensor locals_: ``(S, N, k)``.
+    :return: ``(S, *)``.
+
+    Example::
+
+        >>> at_points(lambda t, y: (t + y).sum(), torch.ones(2, 1), torch.zeros(2, 3, 1))
+        tensor([3., 3.])
+    """
+    mapped, chunk = _mapping(function)(function, (0, 0)), _chunk(function)
+    return torch.cat([mapped(*some) for some in zip(globals_.split(chunk), locals_.split(chunk), strict=True)])
 
 
 @dataclass(frozen=True)
@@ -42,9 +87,7 @@ class SeparableDensity:
 
     def shared_at(self, globals_: Tensor, local: Tensor) -> Tensor:
         """Evaluate what is shared at globals ``(S, d)``, as ``(S,)``; of units ``(N, k)`` only the shape matters."""
-        if isinstance(self.shared, Recording):
-            return torch.func.vmap(self.shared, in_dims=(0, None))(globals_, local)
-        return torch.stack([self.shared(global_, local) for global_ in globals_])
+        return _mapping(self.shared)(self.shared, (0, None))(globals_, local)
 
     def units_at(self, globals_: Tensor, locals_: Tensor) -> Tensor:
         """Evaluate the terms of the units.
@@ -53,28 +96,19 @@ class SeparableDensity:
         :param Tensor locals_: ``Q`` points for each of them, ``(S, Q, N, k)``.
         :return: ``(S, Q, N)``.
         """
-        if isinstance(self.units, Recording):
-            at_points = torch.func.vmap(self.units, in_dims=(None, 0))
-            return torch.func.vmap(at_points)(globals_, locals_)
-        rows = [[self.units(g, y) for y in points] for g, points in zip(globals_, locals_, strict=True)]
-        return torch.stack([torch.stack(row) for row in rows])
+        over = _mapping(self.units)
+        return over(over(self.units, (None, 0)), (0, 0))(globals_, locals_)
 
     def sum_of_units(self, globals_: Tensor, local: Tensor) -> Tensor:
-        """The sum of all terms at ``S`` points: globals ``(S, d)``, and units ``(S * N, k)`` in the same order.
+        """Sum all terms at ``S`` points: globals ``(S, d)``, and units ``(S * N, k)`` in the same order.
 
         Units of all points together, so that what treats the units of one point treats those of all.
         """
         return self.units_at(globals_, local.unflatten(0, (len(globals_), -1)).unsqueeze(1)).sum()
 
     def chunk(self, num_points: int = 1) -> int:
-        """How many globals to evaluate at a time, with so many points each."""
-        if not isinstance(self.units, Recording):
-            return 1
-        return max(1, _CHUNK_BYTES // max(self.units.num_bytes * num_points, 1))
-
-
-# Bytes that intermediate results of one chunk may take. More is no faster: memory is what large data wait for.
-_CHUNK_BYTES = 2**28
+        """Return how many globals to evaluate the units at, at a time, with so many points each."""
+        return _chunk(self.units, num_points)
 
 
 class Recordable(Protocol):
@@ -111,29 +145,28 @@ def values_and_gradients(
     :param Tensor local: ``(S, N, k)``.
     :param parameters: leaves of the model to differentiate in as well; None for values without any gradient.
     """
-    recording = model.recording
-    chunk = 1 if recording is None else max(1, _CHUNK_BYTES // max(recording.num_bytes, 1))
-    function = _one_by_one(model.log_joint) if recording is None else torch.func.vmap(recording)
-    parts = [_pulls(function, *some, parameters) for some in zip(global_.split(chunk), local.split(chunk), strict=True)]
-    values, in_global, in_local = (torch.cat(list(part)) for part in list(zip(*parts, strict=True))[:3])
-    columns = zip(*(part.in_parameters for part in parts), strict=True)
-    return Gradients(values, in_global, in_local, [torch.stack(column).sum(0) for column in columns])
-
-
-def _one_by_one(log_joint: Density) -> Density:
-    def function(global_: Tensor, local: Tensor) -> Tensor:
-        return torch.stack([log_joint(g, y) for g, y in zip(global_, local, strict=True)])
-
-    return function
-
-
-def _pulls(function: Density, global_: Tensor, local: Tensor, parameters: Sequence[Tensor] | None) -> Gradients:
+    function = model.log_joint if model.recording is None else model.recording
     if parameters is None:
         with torch.no_grad():
-            return Gradients(function(global_, local), global_[:0].detach(), local[:0].detach(), [])
+            values = at_points(function, global_, local)
+        return Gradients(values, global_[:0].detach(), local[:0].detach(), [])
+    mapped, chunk = _mapping(function)(function, (0, 0)), _chunk(function)
+    chunks = zip(global_.split(chunk), local.split(chunk), strict=True)
+    parts = [_gradients(mapped, *some, parameters) for some in chunks]
+    columns = zip(*(part.in_parameters for part in parts), strict=True)
+    return Gradients(
+        values=torch.cat([part.values for part in parts]),
+        in_global=torch.cat([part.in_global for part in parts]),
+        in_local=torch.cat([part.in_local for part in parts]),
+        in_parameters=[torch.stack(column).sum(0) for column in columns],
+    )
+
+
+def _gradients(mapped: Density, global_: Tensor, local: Tensor, parameters: Sequence[Tensor]) -> Gradients:
+    """Differentiate the sum over one chunk of draws, which in the draws themselves is each one's own gradient."""
     with torch.enable_grad():
-        values_of = [global_.detach().requires_grad_(), local.detach().requires_grad_(), *parameters]
-        values = function(*values_of[:2])
-        found = torch.autograd.grad(values.sum(), values_of, allow_unused=True)
-    filled = [torch.zeros_like(v) if g is None else g for v, g in zip(values_of, found, strict=True)]
-    return Gradients(values.detach(), filled[0], filled[1], filled[2:])
+        draws = [global_.detach().requires_grad_(), local.detach().requires_grad_()]
+        values = mapped(*draws)
+        in_global, in_local, *rest = torch.autograd.grad(values.sum(), [*draws, *parameters], materialize_grads=True)
+    # Zeros that are filled in require a gradient in some versions of torch.
+    return Gradients(values.detach(), in_global.detach(), in_local.detach(), [part.detach() for part in rest])

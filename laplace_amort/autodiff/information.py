@@ -1,6 +1,18 @@
-r"""Observed information: the negative Hessian of a log joint density, every argument independent of the others.
+r"""Observed information, the negative Hessian of a log joint density: dense, and by the blocks of an arrowhead.
 
-.. math:: I(v) = -\nabla^2_v \log p(v, z), \qquad v = (v_1, \dots, v_m) \text{ flattened and concatenated.}
+.. math:: I(v) = -\nabla^2_v \log p(v, z), \qquad v = (v_1, \dots, v_m) \text{ flattened and concatenated,}
+
+every argument independent of the others. Dense, it takes a reverse pass for each element of :math:`v`.
+
+If units are independent of each other given the globals, then in
+
+.. math:: -\nabla^2_{(\theta, y)} f = \begin{pmatrix} G & C^\top \\ C & U \end{pmatrix}, \qquad
+          f(\theta, y) = \log p(\theta, y, z),
+
+:math:`U` is block diagonal. One pass back from each element of :math:`\nabla_\theta f` gives a row of :math:`G` and of
+:math:`C^\top`; one pass back from the j-th element of :math:`\nabla_y f` in *all* units at once gives the j-th row of
+every :math:`U_i`: together :math:`d + k` passes, and not :math:`d + N k`. Where in the model the observations are does
+not matter.
 """
 
 from __future__ import annotations

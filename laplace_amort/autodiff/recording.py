@@ -249,6 +249,4 @@ def _value_and_gradients(log_joint: Density, global_: Tensor, local: Tensor) -> 
         value = log_joint(*copies)
         if not value.requires_grad:
             return [value, *(torch.zeros_like(copy) for copy in copies)]
-        found = torch.autograd.grad(value.sum(), copies, allow_unused=True)
-    filled = (torch.zeros_like(c) if g is None else g for c, g in zip(copies, found, strict=True))
-    return [value.detach(), *filled]
+        return [value.detach(), *torch.autograd.grad(value.sum(), copies, materialize_grads=True)]

@@ -1,11 +1,11 @@
 r"""Algebra on recorded operations: the same function, in fewer and smaller operations.
 
-A density is written for any parameters, and what a model passes is often simpler: the logarithm of an exponential, or
-one scale for all units. Derivatives of third and fourth order pay for that many times over. Two things are changed:
+A density is written for any parameters, and what a model passes is often simpler: an exponential as a rate, or one
+scale for all units. Derivatives of third and fourth order pay for that many times over. Three things are changed:
 
 - a tensor that was expanded is used unexpanded by all that works element by element, and expanded after it if need be;
-- :math:`\log e^x = x`, :math:`z \log e^x = z x`, :math:`x^2 = x \cdot x`, and a division of many numbers by few is a
-  multiplication by their reciprocals;
+- :math:`z \log e^x = z x`, :math:`x^2 = x \cdot x`, a division of many numbers by few is a multiplication by their
+  reciprocals, and what adds zero or multiplies by one does nothing;
 - where torch writes a smooth density with a kink, in Binomial, it is written without.
 
 Results are the same but for rounding errors; :func:`~laplace_amort.autodiff.recording.record` compares them.
@@ -13,13 +13,14 @@ Results are the same but for rounding errors; :func:`~laplace_amort.autodiff.rec
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy
 import torch
 from torch import Tensor, fx
 
-__all__ = ["simplified"]
+__all__ = ["RULES", "simplified"]
 
 _aten: Any = torch.ops.aten
 
@@ -84,45 +85,25 @@ class _Simplifier:
         else:
             node = self.graph.node_copy(old, self._expanded)
             shape = old.meta.get("shape", torch.Size())
-            self._weigh(node, old, shape)
+            self.weigh(node, old, shape)
             self.values[old] = _Value(node, shape, old)
 
     def _pointwise(self, old: fx.Node) -> _Value:
-        target, args = self._rewritten(old.target, old)
+        target, args = self._rewritten(old)
         if target is None:
             result: _Value = args[0]
             return result._replace(old=old)
         shape = torch.Size(numpy.broadcast_shapes(*(a.shape for a in args if isinstance(a, _Value))))
         nodes = tuple(a.node if isinstance(a, _Value) else a for a in args)
         node = self.graph.call_function(target, nodes, dict(old.kwargs))
-        self._weigh(node, old, shape)
+        self.weigh(node, old, shape)
         return _Value(node, shape, old)
 
-    def _rewritten(self, target: Any, old: fx.Node) -> tuple[Any, list[Any]]:
-        """The operation and its arguments, or None and the argument that is the result."""
+    def _rewritten(self, old: fx.Node) -> _Operation:
+        """The operation and its arguments, by the first rule that applies."""
         args: list[Any] = [self._of(argument) if isinstance(argument, fx.Node) else argument for argument in old.args]
-        if target is _aten.log1p.default and (x := _in_kinked_softplus(args[0])) is not None:
-            return _smooth_kink, [args[0]._replace(node=x)]
-        if target in _NEUTRAL and not isinstance(args[1], _Value) and args[1] == _NEUTRAL[target]:
-            return None, args[:1]
-        if target is _aten.log.default and _is_exp(args[0]):
-            return None, [self._exponent(args[0])]
-        if target is _aten.xlogy.Tensor and _is_exp(args[1]):
-            return _aten.mul.Tensor, [args[0], self._exponent(args[1])]
-        if target is _aten.pow.Tensor_Scalar and args[1] == 2:
-            return _aten.mul.Tensor, [args[0], args[0]]
-        if target is _aten.div.Tensor and all(isinstance(a, _Value) for a in args):
-            few, many = args[1].shape.numel(), old.meta["shape"].numel()
-            if few < many:
-                node = self.graph.call_function(_aten.reciprocal.default, (args[1].node,))
-                self._weigh(node, old, args[1].shape)
-                return _aten.mul.Tensor, [args[0], args[1]._replace(node=node)]
-        return target, args
-
-    def _exponent(self, value: _Value) -> _Value:
-        """What the exponential was taken of; of the same shape."""
-        argument: Any = value.node.args[0]
-        return value._replace(node=argument)
+        found = (rule(self, old, args) for rule in RULES.values())
+        return next((operation for operation in found if operation is not None), (old.target, args))
 
     def _of(self, argument: Any) -> _Value:
         return self.values[argument]
@@ -139,7 +120,8 @@ class _Simplifier:
         dtypes = {argument.meta["dtype"] for argument in old.args if isinstance(argument, fx.Node)}
         return dtypes == {old.meta["dtype"]} and not old.kwargs.get("rounding_mode")
 
-    def _weigh(self, node: fx.Node, old: fx.Node, shape: torch.Size) -> None:
+    def weigh(self, node: fx.Node, old: fx.Node, shape: torch.Size) -> None:
+        """Note the bytes that a new node takes, which has the dtype of an old one."""
         is_view = node.op != "call_function" or _is_view(node.target)
         itemsize = getattr(old.meta.get("dtype"), "itemsize", 0)
         node.meta.update(bytes=0 if is_view else shape.numel() * itemsize, dtype=old.meta.get("dtype"))
@@ -173,6 +155,58 @@ def _is_exp(value: Any) -> bool:
     return bool(getattr(argument.meta.get("dtype"), "is_floating_point", False))
 
 
+def _exponent(value: _Value) -> _Value:
+    """What an exponential was taken of; of the same shape."""
+    argument: Any = value.node.args[0]
+    return value._replace(node=argument)
+
+
 def _is_view(target: Any) -> bool:
     schema = getattr(target, "_schema", None)
     return schema is not None and any(returned.alias_info is not None for returned in schema.returns)
+
+
+# ------------------------------------------------------------------------------------------------------------- rules
+
+# The operation and its arguments; or None and the argument that is the result.
+_Operation = tuple[Any, list[Any]]
+
+
+def _smooth_softplus(work: _Simplifier, old: fx.Node, args: list[Any]) -> _Operation | None:
+    x = _in_kinked_softplus(args[0]) if old.target is _aten.log1p.default else None
+    return None if x is None else (_smooth_kink, [args[0]._replace(node=x)])
+
+
+def _neutral(work: _Simplifier, old: fx.Node, args: list[Any]) -> _Operation | None:
+    applies = old.target in _NEUTRAL and not isinstance(args[1], _Value) and args[1] == _NEUTRAL[old.target]
+    return (None, args[:1]) if applies else None
+
+
+def _xlogy_of_exp(work: _Simplifier, old: fx.Node, args: list[Any]) -> _Operation | None:
+    applies = old.target is _aten.xlogy.Tensor and _is_exp(args[1])
+    return (_aten.mul.Tensor, [args[0], _exponent(args[1])]) if applies else None
+
+
+def _square(work: _Simplifier, old: fx.Node, args: list[Any]) -> _Operation | None:
+    applies = old.target is _aten.pow.Tensor_Scalar and args[1] == 2
+    return (_aten.mul.Tensor, [args[0], args[0]]) if applies else None
+
+
+def _many_by_few(work: _Simplifier, old: fx.Node, args: list[Any]) -> _Operation | None:
+    if old.target is not _aten.div.Tensor or not all(isinstance(a, _Value) for a in args):
+        return None
+    if args[1].shape.numel() >= old.meta["shape"].numel():
+        return None
+    node = work.graph.call_function(_aten.reciprocal.default, (args[1].node,))
+    work.weigh(node, old, args[1].shape)
+    return _aten.mul.Tensor, [args[0], args[1]._replace(node=node)]
+
+
+RULES: dict[str, Callable[[_Simplifier, fx.Node, list[Any]], _Operation | None]] = {
+    "smooth softplus": _smooth_softplus,
+    "neutral numbers": _neutral,
+    "xlogy of exp": _xlogy_of_exp,
+    "square": _square,
+    "many by few": _many_by_few,
+}
+"""What is rewritten, by the first that applies; ``benchmarks/simplify_rules.py`` measures what each saves."""

@@ -1,14 +1,7 @@
-r"""Observed information of many units, as the blocks of an arrowhead, in as many reverse passes as there are rows.
+r"""Are units independent of each other given the globals? One product of the Hessian with a random vector tells.
 
-Units are independent of each other given the globals, so that in
-
-.. math:: -\nabla^2_{(\theta, y)} f = \begin{pmatrix} G & C^\top \\ C & U \end{pmatrix}, \qquad
-          f(\theta, y) = \log p(\theta, y, z),
-
-:math:`U` is block diagonal. One pass back from each element of :math:`\nabla_\theta f` gives a row of :math:`G` and of
-:math:`C^\top`; one pass back from the j-th element of :math:`\nabla_y f` in *all* units at once gives the j-th row of
-every :math:`U_i`: together :math:`d + k` passes, and not :math:`d + N k`. Where in the model the observations are does
-not matter.
+The blocks of an arrowhead are computed as if they were, and if they are not, nothing in them shows. But then the
+product of the blocks with a vector is not that of the Hessian, which one reverse pass gives, whatever its structure.
 """
 
 from __future__ import annotations
@@ -23,10 +16,7 @@ from laplace_amort.autodiff.points import fixed_normal
 from laplace_amort.errors import InformationError, StructureError
 from laplace_amort.types import Density
 
-__all__ = [
-    "check_structure",
-]
-
+__all__ = ["check_structure"]
 
 # What a product may be off, relative to the sum of absolute values: rounding error to this power.
 _SHARE = 0.4

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from laplace_amort.posterior import pareto_smoothed
 from laplace_amort.types import Vector, to_numpy
-from laplace_amort.units import Conditionals, QuadraturePoints, UnitIntegrals, sobol_points, values_at
+from laplace_amort.units import Conditionals, QuadraturePoints, UnitIntegrals, sobol_points
 
 __all__ = [
     "OtherModes",
@@ -39,7 +39,8 @@ def unit_k_hat(integrals: UnitIntegrals, there: Conditionals, global_: Tensor) -
     noise = numpy.concatenate([sobol_points(_DRAWS // 2, k, seed) for seed in (0, 1)])
     z = torch.special.ndtri(torch.from_numpy(noise)).to(global_)
     flat = z.new_zeros(_DRAWS)
-    ratios = values_at(integrals, there, global_, QuadraturePoints(z, flat, flat)) + (z**2).sum(-1, keepdim=True) / 2
+    values = integrals.units_at(global_[None], there, QuadraturePoints(z, flat, flat))[0]
+    ratios = values + (z**2).sum(-1, keepdim=True) / 2
     shares = ratios.softmax(0)
     units = (shares**2).sum(0).argsort(descending=True)[:_UNITS]
     return units.cpu().numpy(), pareto_smoothed(to_numpy(ratios[:, units].T)).k_hat

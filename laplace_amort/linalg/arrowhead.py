@@ -16,15 +16,19 @@ whitened borders :math:`V_i = T_i^\top C_i`, for then :math:`W_i = T_i V_i` and 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from laplace_amort.errors import NotPositiveDefiniteError
 from laplace_amort.linalg import blocks
+from laplace_amort.linalg.arrowhead_checks import (
+    check_shapes,
+    describe_schur_complement,
+    describe_tail,
+    raise_if_any,
+)
 
 __all__ = ["Arrowhead"]
 
@@ -66,10 +70,10 @@ class Arrowhead:
     """
 
     def __init__(self, head: Tensor, border: Tensor, tail: Tensor) -> None:
-        _check_shapes(head, border, tail)
+        check_shapes(head, border, tail)
         self.head, self.border, self.tail = head, border, tail
         self.local_scale_tril, failed = blocks.scale_tril(tail)
-        _raise_if_any(failed, tail, _describe_tail)
+        raise_if_any(failed, tail, describe_tail)
         self._whitened = blocks.multiply(self.local_scale_tril.mT, border)
         flat = self._flat(self._whitened)
         explained = flat.mT @ flat
@@ -111,7 +115,7 @@ class Arrowhead:
         """See the class."""
         with torch.enable_grad():
             scale, failed = blocks.scale_tril(self.schur_complement)
-        _raise_if_any(failed, self.schur_complement, _describe_schur_complement)
+        raise_if_any(failed, self.schur_complement, describe_schur_complement)
         return scale
 
     def with_schur(self, schur: Tensor) -> Arrowhead:
@@ -270,52 +274,3 @@ class Arrowhead:
     def _spread(self) -> Tensor:
         """How much of the units' deviation is that of the globals: :math:`W_i T_S`, ``(*, N, k, d)``."""
         return (self._flat(self.regression) @ self.global_scale_tril).reshape(self.border.shape)
-
-
-def _check_shapes(head: Tensor, border: Tensor, tail: Tensor) -> None:
-    if border.dim() >= 3:
-        *batch, n, k, d = border.shape
-        if head.shape == (*batch, d, d) and tail.shape == (*batch, n, k, k):
-            return
-    raise ValueError(
-        f"head {tuple(head.shape)}, border {tuple(border.shape)} and tail {tuple(tail.shape)} do not fit together: for "
-        "d globals and N units of dimension k they are (*, d, d), (*, N, k, d) and (*, N, k, k), with one batch shape *"
-    )
-
-
-def _describe_tail(index: list[int], failures: str) -> str:
-    batch = f" of arrowhead {index[:-1]}" if index[:-1] else ""
-    return (
-        f"the tail of unit {index[-1]}{batch} {failures}. Is its mode no maximum at these globals? To repair tails, "
-        "smoothly:\n"
-        "    tail, report = SoftAbs()(tail)"
-    )
-
-
-def _describe_schur_complement(index: list[int], failures: str) -> str:
-    batch = f" of arrowhead {index}" if index else ""
-    return (
-        f"the Schur complement{batch} {failures}, so the globals have no covariance. Is this point far from the mode, "
-        "or a scale among the globals? To repair it, smoothly:\n"
-        "    schur, report = SoftAbs()(arrowhead.schur_complement)\n"
-        "    arrowhead = arrowhead.with_schur(schur)"
-    )
-
-
-def _raise_if_any(failed: Tensor, matrix: Tensor, describe: Callable[[list[int], str], str]) -> None:
-    """Name the worst: one that is not finite, or else the one with the smallest eigenvalue."""
-    if not failed.any():
-        return
-    indices, members = failed.nonzero(), matrix.detach()[failed]
-    finite = members.isfinite().all(-1).all(-1)
-    if finite.all():
-        smallest = torch.linalg.eigvalsh(members)[:, 0]
-        worst = int(smallest.argmin())
-        failures = (
-            f"is not positive definite: its smallest eigenvalue is {float(smallest[worst]):.4g} "
-            f"({len(members)} of {failed.numel()} are not)"
-        )
-    else:
-        worst = int(finite.to(torch.uint8).argmin())
-        failures = f"is not finite ({int((~finite).sum())} of {failed.numel()} are not)"
-    raise NotPositiveDefiniteError(describe(indices[worst].tolist(), failures))

@@ -81,4 +81,5 @@ def repair_head(repair: RepairFunction, schur_complement: Tensor, head: Tensor) 
     repaired, report = repair(shares)
     if repaired is shares:  # nothing to do: no reason for rounding errors either
         return schur_complement, report
-    return factor @ repaired @ factor.mT, report
+    result = factor @ repaired @ factor.mT
+    return (result + result.mT) / 2, report  # or rounding errors make it asymmetric

@@ -15,6 +15,7 @@ marginal likelihoods*, Psychometrika 84(3), https://arxiv.org/abs/1802.04452
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from laplace_amort.autodiff import record
+from laplace_amort.autodiff import at_points, record
 from laplace_amort.errors import ModelError, ModeNotFoundError, RecordingError, StructureError
 from laplace_amort.model import UnitModel
 from laplace_amort.posterior.draws import PosteriorDraws
@@ -38,9 +39,6 @@ __all__ = [
     "rule_of",
     "unit_log_likelihood",
 ]
-
-# Bytes that the results of all operations on one chunk may take.
-_CHUNK_BYTES = 2**26
 
 
 class Pointwise(NamedTuple):
@@ -206,10 +204,6 @@ def _distinct(globals_: Tensor) -> tuple[Tensor, Tensor]:
 
 def _at_draws(function: Callable[[Tensor, Tensor], Tensor], globals_: Tensor, locals_: Tensor) -> Tensor:
     """Evaluate a function of globals and units at all draws: as a recording, if it can be recorded."""
-    try:
-        recording = record(function, globals_[0], locals_[0])
-    except RecordingError:
-        return torch.stack([function(*draw) for draw in zip(globals_, locals_, strict=True)])
-    chunk = max(1, _CHUNK_BYTES // max(recording.num_bytes, 1))
-    pairs = zip(globals_.split(chunk), locals_.split(chunk), strict=True)
-    return torch.cat([torch.func.vmap(recording)(*pair) for pair in pairs])
+    with contextlib.suppress(RecordingError):  # draw by draw, then
+        function = record(function, globals_[0], locals_[0])
+    return at_points(function, globals_, locals_)

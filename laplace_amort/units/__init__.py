@@ -1,7 +1,7 @@
 """Inside each unit: its mode, and integrals around it, for all units at once."""
 
 from laplace_amort.units.closed_form import ClosedFormMode
-from laplace_amort.units.integrals import Conditionals, Integrals, UnitIntegrals, unit_moments, values_at
+from laplace_amort.units.integrals import Conditionals, Integrals, UnitIntegrals, unit_moments
 from laplace_amort.units.marginal import LogDetAlongMode, laplace_marginal
 from laplace_amort.units.modes import FreeMode, Mode, NewtonMode
 from laplace_amort.units.newton import ModeStatus, default_tolerance
@@ -39,5 +39,4 @@ __all__ = [
     "student_log_density",
     "student_points",
     "unit_moments",
-    "values_at",
 ]

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Modes by a function of the user's: what it returns is checked, and once, whether it is the mode at all."""
 
 from __future__ import annotations
 
@@ -11,12 +11,9 @@ from torch import Tensor
 
 from laplace_amort.errors import ModeNotFoundError, ModeWarning
 from laplace_amort.linalg import SoftAbs
-from laplace_amort.units.modes import (
-    _LISTED,
-    UnitDensity,
-    _listed,
-)
-from laplace_amort.units.newton import ModeStatus, evaluate, newton_point
+from laplace_amort.units.modes import LISTED, UnitDensity, listed
+from laplace_amort.units.newton import ModeStatus
+from laplace_amort.units.newton_step import evaluate, newton_point
 
 __all__ = ["ClosedFormMode"]
 
@@ -99,18 +96,18 @@ def _check_finite(problem: UnitDensity, values: Mapping[str, Tensor], start: Ten
         # One row for each unit.
         rows, parts = failed.movedim(axis, 0).reshape(len(start), -1), value.movedim(axis, 0).reshape(len(start), -1)
         units = rows.any(-1).nonzero().squeeze(-1).tolist()
-        found = {unit: f"'{name}' is {_few(parts[unit])}" for unit in units[:_LISTED]}
+        found = {unit: f"'{name}' is {_few(parts[unit])}" for unit in units[:LISTED]}
         _raise_not_finite(problem, units, len(start), found.__getitem__)
 
 
 def _few(values: Tensor) -> str:
-    shown = ", ".join(f"{value:.4g}" for value in values[:_LISTED].tolist())
-    return shown if len(values) == 1 else f"[{shown}{', ...' if len(values) > _LISTED else ''}]"
+    shown = ", ".join(f"{value:.4g}" for value in values[:LISTED].tolist())
+    return shown if len(values) == 1 else f"[{shown}{', ...' if len(values) > LISTED else ''}]"
 
 
 def _raise_not_finite(problem: UnitDensity, units: list[int], num_units: int, reason: Callable[[int], str]) -> None:
     raise ModeNotFoundError(
-        f"the closed form is not finite for {len(units)} of {num_units} units:\n{_listed(problem, units, reason)}\n"
+        f"the closed form is not finite for {len(units)} of {num_units} units:\n{listed(problem, units, reason)}\n"
         "Is a value outside its support, or did it overflow?",
         units=problem.units[units].tolist(),
         status=[ModeStatus.NOT_FINITE] * len(units),
@@ -148,14 +145,10 @@ def _warn_unless_mode(
         bend = "" if at.concave[unit] else ", and the log joint curves upwards"
         return f"Newton's step from there is {float(at.decrement[unit]):.3g} standard deviations long{bend}"
 
-    constant = (
-        ""
-        if _follows(problem, global_, fn)
-        else ("It does not depend on the globals at all, and a mode does: is it a constant, or was a value detached?\n")
-    )
+    constant = "It does not depend on the globals at all, and a mode does: is it a constant, or was a value detached?\n"
     warnings.warn(
         f"the closed form is not the mode of {len(missed)} of {len(local)} units:\n"
-        f"{_listed(problem, missed, reason)}\n{constant}"
+        f"{listed(problem, missed, reason)}\n{'' if _follows(problem, global_, fn) else constant}"
         "A mode is that of the density in unconstrained space, log-Jacobian included. To search for it instead:\n"
         "    NewtonMode()",
         ModeWarning,

@@ -25,7 +25,7 @@ from torch import Tensor
 from laplace_amort.autodiff import SeparableDensity, local_information
 from laplace_amort.linalg import blocks
 from laplace_amort.units.modes import NewtonMode
-from laplace_amort.units.newton import ModeStatus, NewtonSearch, default_tolerance
+from laplace_amort.units.newton import ModeStatus
 from laplace_amort.units.quadrature import QuadraturePoints, QuadratureRule
 
 __all__ = ["Conditionals", "Integrals", "Reduction", "UnitIntegrals", "UnitMoments", "unit_moments"]
@@ -107,7 +107,7 @@ class UnitIntegrals:
         if not (torch.is_grad_enabled() and globals_.requires_grad):
             return self._constants(globals_.detach(), start)
         log_joint = self.density.sum_of_units
-        result = self._search(self.mode.max_steps, start)(log_joint, globals_, start.flatten(0, 1))
+        result = self.mode.search(start.dtype)(log_joint, globals_, start.flatten(0, 1))
         # One Newton step with the curvature as a constant: it has the derivative of the mode.
         mode = result.at.local + blocks.cholesky_solve(result.gradient.unsqueeze(-1), result.at.factor).squeeze(-1)
         scale, failed = blocks.scale_tril(local_information(log_joint, globals_, mode)[1])
@@ -127,17 +127,13 @@ class UnitIntegrals:
 
     def _round(self, max_steps: int, globals_: Tensor, start: Tensor) -> tuple[Conditionals, Tensor]:
         """Search for so many steps; the second value is the globals at which more of them may find more, by index."""
-        result = self._search(max_steps, start)(self.density.sum_of_units, globals_, start.flatten(0, 1))
+        result = self.mode.search(start.dtype, max_steps)(self.density.sum_of_units, globals_, start.flatten(0, 1))
         # The curvature at the last point of the search is that at the mode, within the tolerance.
         found = (result.status == ModeStatus.CONVERGED) & result.at.concave
         mode = result.at.local + result.at.step * found.unsqueeze(-1)
         there = _conditionals(len(globals_), mode, blocks.covariance_tril(result.at.factor), found)
         under_way = (result.status == ModeStatus.MAX_STEPS) | (result.status == ModeStatus.STALLED)
         return there, under_way.unflatten(0, (len(globals_), -1)).any(-1).nonzero().squeeze(-1)
-
-    def _search(self, max_steps: int, start: Tensor) -> NewtonSearch:
-        tolerance = self.mode.tolerance or default_tolerance(start.dtype)
-        return NewtonSearch(tolerance, max_steps, self.mode.repair)
 
     @torch.no_grad()
     def values(self, points: QuadraturePoints, reduce: Reduction, globals_: Tensor, start: Tensor) -> Integrals:
@@ -169,64 +165,89 @@ class UnitIntegrals:
         parts = [compute(points, reduce, *some) for some in split]
         return parts[0] if len(parts) == 1 else Integrals(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
+    def units_at(self, globals_: Tensor, there: Conditionals, points: QuadraturePoints) -> Tensor:
+        """Evaluate the terms of the units at the points of a rule, as ``(S, Q, N)``, in chunks of these.
+
+        :param Tensor globals_: ``(S, d)``.
+        :param Conditionals there: at these globals.
+        :param QuadraturePoints points: of the rule.
+        """
+        chunks = self._chunks(points, len(globals_))
+        return torch.cat([self.density.units_at(globals_, there.at(some)) for some in chunks], dim=1)
+
+    def _chunks(self, points: QuadraturePoints, num_globals: int) -> tuple[Tensor, ...]:
+        return points.points.split(max(1, self.density.chunk() // num_globals))
+
     def _values(self, points: QuadraturePoints, reduce: Reduction, globals_: Tensor, start: Tensor) -> Integrals:
         there = self.conditionals(globals_, start)
-        values = reduce(points, self._at(globals_, there, points)) + there.log_det()
+        values = reduce(points, self.units_at(globals_, there, points)) + there.log_det()
         total = values.sum(-1) + self.density.shared_at(globals_, start[0])
         return Integrals(_where_found(total, there), globals_[:0], there.mode, ~there.found)
 
     def _values_and_gradients(
         self, points: QuadraturePoints, reduce: Reduction, globals_: Tensor, start: Tensor
     ) -> Integrals:
+        r"""The same with gradients, in which the nodes :math:`x_q = \hat y(\theta) + T(\theta) \epsilon_q` move.
+
+        With :math:`r` for what is reduced of the values at the nodes, summed over the units,
+
+        .. math:: \frac{d}{d\theta} r(\theta, x(\theta)) = \frac{\partial r}{\partial \theta} + \sum_q
+                  \frac{\partial r}{\partial x_q} \cdot \frac{d}{d\theta} \big( \hat y + T \epsilon_q \big).
+
+        The partial derivatives come first, chunk by chunk; as constants they are then the weights of a sum of nodes,
+        and one pass back through that, through modes and scales, has all the rest.
+        """
         with torch.enable_grad():
             theta = globals_.detach().requires_grad_()
             there = self.conditionals(theta, start)
-            values, in_globals, in_nodes = self._pulls(theta.detach(), there, points, reduce)
-            # What has the gradient of all nodes, without their graph.
-            log_det = there.log_det()
-            surrogate = log_det.sum() + self.density.shared_at(theta, start[0]).sum()
-            surrogate = surrogate + (in_nodes.sum(1) * there.mode).sum()
-            surrogate = (
-                surrogate + ((in_nodes.unsqueeze(-1) * points.points[:, None, None, :]).sum(1) * there.scale_tril).sum()
-            )
-            gradients = torch.zeros_like(in_globals)
-            if theta.numel() and surrogate.requires_grad:
-                (found,) = torch.autograd.grad(surrogate, theta, allow_unused=True)
-                gradients = gradients if found is None else found
-        with torch.no_grad():
-            total = (values + log_det).sum(-1) + self.density.shared_at(globals_, start[0])
-            return Integrals(_where_found(total, there), gradients + in_globals, there.mode.detach(), ~there.found)
+            values, in_globals, in_nodes = self._partial(theta.detach(), there, points, reduce)
+            log_det, shared = there.log_det(), self.density.shared_at(theta, start[0])
+            rest = log_det.sum() + shared.sum() + _weighted_nodes(in_nodes, there, points)
+            gradients = in_globals
+            if theta.numel() and rest.requires_grad:
+                gradients = gradients + torch.autograd.grad(rest, theta, materialize_grads=True)[0]
+        total = (values + log_det.detach()).sum(-1) + shared.detach()
+        return Integrals(_where_found(total, there), gradients.detach(), there.mode.detach(), ~there.found)
 
-    def _at(self, globals_: Tensor, there: Conditionals, points: QuadraturePoints) -> Tensor:
-        """Values of the units at the points of a rule, ``(S, Q, N)``."""
-        parts = [self.density.units_at(globals_, there.at(some)) for some in self._chunks(points, len(globals_))]
-        return torch.cat(parts, dim=1)
-
-    def _chunks(self, points: QuadraturePoints, num_globals: int) -> tuple[Tensor, ...]:
-        return points.points.split(max(1, self.density.chunk() // num_globals))
-
-    def _pulls(
+    def _partial(
         self, globals_: Tensor, there: Conditionals, points: QuadraturePoints, reduce: Reduction
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """One number of each unit ``(S, N)``, and the gradient of their sum in globals and nodes."""
+        """Reduce to one number for each unit ``(S, N)``, and differentiate their sum in globals and nodes.
+
+        A reduction takes the values at all points at once, while memory may hold the graph of one chunk of them only.
+        So if there are several, each is evaluated twice: first for its values, and again, now that the derivatives of
+        the reduction are known, for its graph.
+        """
         there = Conditionals(*(part.detach() for part in there))
         chunks = self._chunks(points, len(globals_))
-        graphs = [self._graph(globals_, there.at(some)) for some in chunks] if len(chunks) == 1 else []
-        values = graphs[0][2].detach() if graphs else self._at(globals_, there, points).detach()
+        only = self._graph(globals_, there.at(chunks[0])) if len(chunks) == 1 else None
+        with torch.no_grad():
+            values = only[2].detach() if only else self.units_at(globals_, there, points)
         values.requires_grad_()
         reduced = reduce(points, values)
         (weights,) = torch.autograd.grad(reduced.sum(), values)
         in_globals, in_nodes = torch.zeros_like(globals_), []
         for some, weight in zip(chunks, weights.split([len(some) for some in chunks], dim=1), strict=True):
-            theta, nodes, at_nodes = graphs.pop() if graphs else self._graph(globals_, there.at(some))
-            pulls = torch.autograd.grad(at_nodes, (theta, nodes), weight, allow_unused=True)
-            in_globals = in_globals if pulls[0] is None else in_globals + pulls[0]
-            in_nodes.append(torch.zeros_like(nodes) if pulls[1] is None else pulls[1])
+            theta, nodes, at_nodes = only or self._graph(globals_, there.at(some))
+            found = torch.autograd.grad(at_nodes, (theta, nodes), weight, materialize_grads=True)
+            in_globals = in_globals + found[0]
+            in_nodes.append(found[1])
         return reduced.detach(), in_globals, torch.cat(in_nodes, dim=1)
 
     def _graph(self, globals_: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         theta, nodes = globals_.detach().requires_grad_(), nodes.detach().requires_grad_()
         return theta, nodes, self.density.units_at(theta, nodes)
+
+
+def _weighted_nodes(weights: Tensor, there: Conditionals, points: QuadraturePoints) -> Tensor:
+    r"""Return :math:`\sum_q w_q \cdot (\hat y + T \epsilon_q)`, summed over globals and units.
+
+    Over the points first, so that the graph holds nothing of the size of all nodes.
+
+    :param Tensor weights: constants, ``(S, Q, N, k)``.
+    """
+    of_scale = (weights.unsqueeze(-1) * points.points[:, None, None, :]).sum(1)
+    return (weights.sum(1) * there.mode).sum() + (of_scale * there.scale_tril).sum()
 
 
 def _conditionals(num_globals: int, mode: Tensor, scale: Tensor, found: Tensor) -> Conditionals:
@@ -262,15 +283,8 @@ def unit_moments(integrals: UnitIntegrals, there: Conditionals, global_: Tensor,
     """
     points = rule.points(there.mode.shape[-1], global_)
     z = points.points.unsqueeze(1)  # (Q, 1, k)
-    weights = points.log_weights(values_at(integrals, there, global_, points)).exp().unsqueeze(-1)  # (Q, N, 1)
+    weights = points.log_weights(integrals.units_at(global_[None], there, points)[0]).exp().unsqueeze(-1)  # (Q, N, 1)
     mean = (weights * z).sum(0)
     sd = (weights * (z - mean) ** 2).sum(0).clamp(min=torch.finfo(z.dtype).tiny).sqrt()
     skewness = (weights * ((z - mean) / sd) ** 3).sum(0)
     return UnitMoments(mean, sd, skewness)
-
-
-def values_at(integrals: UnitIntegrals, there: Conditionals, global_: Tensor, points: QuadraturePoints) -> Tensor:
-    """Log densities of all units at standardized points, ``(Q, N)``."""
-    chunk = integrals.density.chunk()
-    parts = [integrals.density.units_at(global_[None], there.at(some))[0] for some in points.points.split(chunk)]
-    return torch.cat(parts)

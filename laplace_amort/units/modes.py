@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -21,11 +21,11 @@ from laplace_amort.linalg import Repair, SoftAbs, blocks
 from laplace_amort.types import Density
 from laplace_amort.units.newton import ModeStatus, NewtonSearch, SearchResult, default_tolerance
 
-__all__ = ["FreeMode", "Mode", "ModeSolution", "ModeStatus", "NewtonMode", "UnitDensity"]
+__all__ = ["LISTED", "FreeMode", "Mode", "NewtonMode", "UnitDensity", "listed"]
 
 Self = TypeVar("Self")
 
-_LISTED = 5  # units that a message describes one by one
+LISTED = 5  # units that a message describes one by one
 
 
 class UnitDensity(Protocol):
@@ -70,22 +70,6 @@ class Mode(Protocol):
         """Return the modes ``(N, k)`` at globals ``(d,)``, attached to them; ``start (N, k)`` is a first guess."""
 
 
-class ModeSolution(NamedTuple):
-    """What :meth:`NewtonMode.solve` returns, without a graph.
-
-    :param Tensor mode: ``(N, k)``.
-    :param Tensor status: code of the :class:`ModeStatus` of each unit, ``(N,)``.
-    :param Tensor decrement: Newton decrement of each unit where it was last evaluated, ``(N,)``: how far that is from
-        the mode, in conditional standard deviations. The mode is one Newton step further, if that was found.
-    :param int num_steps: how often gradient and curvature of all units were evaluated.
-    """
-
-    mode: Tensor
-    status: Tensor
-    decrement: Tensor
-    num_steps: int
-
-
 @dataclass(frozen=True)
 class NewtonMode:
     r"""Find the modes by damped Newton steps, all units at once, and differentiate them implicitly.
@@ -108,8 +92,9 @@ class NewtonMode:
     Example: the mode of :math:`-e^{y} + \theta y` is :math:`\log\theta`::
 
         >>> import torch
-        >>> log_joint = lambda theta, y: (theta * y - y.exp()).sum()
-        >>> NewtonMode().solve(log_joint, torch.tensor([2.]), torch.zeros(3, 1)).mode
+        >>> from types import SimpleNamespace
+        >>> units = SimpleNamespace(log_joint=lambda theta, y: (theta * y - y.exp()).sum())
+        >>> NewtonMode().find(units, torch.tensor([2.]), torch.zeros(3, 1)).detach()
         tensor([[0.6931],
                 [0.6931],
                 [0.6931]])
@@ -147,24 +132,18 @@ class NewtonMode:
         :raises ModeNotFoundError: naming the units whose mode was not found.
         """
         attached = torch.is_grad_enabled()
-        result = self._search(problem.log_joint, global_ if attached else global_.detach(), start)
+        result = self.search(start.dtype)(problem.log_joint, global_ if attached else global_.detach(), start)
         _raise_unless_found(problem, result)
         return self._attach(problem.log_joint, global_, result) if attached else result.at.local + result.at.step
 
-    def solve(self, log_joint: Density, global_: Tensor, start: Tensor) -> ModeSolution:
-        """Search for the modes without a graph; what became of each unit is in the status.
+    def search(self, dtype: torch.dtype, max_steps: int | None = None) -> NewtonSearch:
+        """Return the search for the modes, as it is for a dtype.
 
-        :param log_joint: a function of globals ``(d,)`` and units ``(N, k)`` that returns a scalar.
-        :param Tensor global_: ``(d,)``.
-        :param Tensor start: ``(N, k)``.
+        :param torch.dtype dtype: of the units.
+        :param int max_steps: for fewer steps than its own.
         """
-        at, _, status, num_evaluations = self._search(log_joint, global_.detach(), start)
-        found = (status == ModeStatus.CONVERGED).unsqueeze(-1)
-        return ModeSolution(at.local + at.step.where(found, 0 * at.step), status, at.decrement, num_evaluations)
-
-    def _search(self, log_joint: Density, global_: Tensor, start: Tensor) -> SearchResult:
-        tolerance = default_tolerance(start.dtype) if self.tolerance is None else self.tolerance
-        return NewtonSearch(tolerance, self.max_steps, self.repair)(log_joint, global_, start)
+        tolerance = default_tolerance(dtype) if self.tolerance is None else self.tolerance
+        return NewtonSearch(tolerance, self.max_steps if max_steps is None else max_steps, self.repair)
 
     def _attach(self, log_joint: Density, global_: Tensor, result: SearchResult) -> Tensor:
         # The last evaluation of the search is the first of the steps: gradient and factor are at hand.
@@ -192,7 +171,7 @@ def _raise_unless_found(problem: UnitDensity, result: SearchResult) -> None:
 
     raise ModeNotFoundError(
         f"the conditional mode was not found for {len(failed)} of {len(result.status)} units:\n"
-        f"{_listed(problem, failed, reason)}\n"
+        f"{listed(problem, failed, reason)}\n"
         "Did the globals run away? Lower the learning rate, or start elsewhere. If the mode has a closed form:\n"
         "    ClosedFormMode(lambda global_sites, *args: {'local site': ...})",
         units=problem.units[failed].tolist(),
@@ -200,9 +179,10 @@ def _raise_unless_found(problem: UnitDensity, result: SearchResult) -> None:
     )
 
 
-def _listed(problem: UnitDensity, units: list[int], reason: Callable[[int], str]) -> str:
-    lines = [f"    {problem.describe(unit)}: {reason(unit)}" for unit in units[:_LISTED]]
-    more = [f"    and {len(units) - _LISTED} more"] if len(units) > _LISTED else []
+def listed(problem: UnitDensity, units: list[int], reason: Callable[[int], str]) -> str:
+    """Return one line for each of the first units, by position, and how many more there are."""
+    lines = [f"    {problem.describe(unit)}: {reason(unit)}" for unit in units[:LISTED]]
+    more = [f"    and {len(units) - LISTED} more"] if len(units) > LISTED else []
     return "\n".join(lines + more)
 
 

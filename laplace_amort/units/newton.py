@@ -2,7 +2,22 @@ r"""Damped Newton search for the conditional modes of many units at once.
 
 The log joint :math:`f(\theta, y)` is one number for all units, so a step :math:`s` of a unit is judged by its gradient
 alone: the slope of :math:`f` along :math:`s` at the end of the step against the slope at its beginning. Damping and
-status are each unit's own; units that have converged stand still while the others go on.
+status are each unit's own; units that have converged stand still while the others go on. A unit is in one of these
+states:
+
+==================  ==================================  ============================================================
+state               how it is known                     what follows
+==================  ==================================  ============================================================
+under way           status ``MAX_STEPS``                it tries its multiple of Newton's step, 1 at first
+taken               its trial is :func:`accepted`       it stands there; the next multiple is 1 again, or longer in a
+                                                        falling tail, or bounded if steps were cut or turned back
+refused             its trial is not                    it stays; the next multiple is a share of this one
+arrived             decrement or step within tolerance  ``CONVERGED`` where concave; else it is kicked off, once
+kicked              ``kicked``                          a step of one standard deviation, taken in any case; where it
+                                                        is stationary but not concave again, ``NOT_MAXIMUM``
+standing still      the trial is where it stood         ``STALLED``, as is what ends with multiples next to nothing
+lost                not finite at the start             ``NOT_FINITE``, unless the others' median is a better start
+==================  ==================================  ============================================================
 
 Reference: Nocedal & Wright (2006), *Numerical Optimization*, chapter 3 (line searches, Newton's method with a modified
 Hessian).
@@ -16,11 +31,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from laplace_amort.autodiff import differentiate, local_curvature
 from laplace_amort.linalg import Repair, blocks
 from laplace_amort.types import Density, Status
+from laplace_amort.units.newton_step import NewtonPoint, evaluate, newton_point
 
-__all__ = ["ModeStatus", "NewtonPoint", "NewtonSearch", "SearchResult", "default_tolerance", "evaluate", "newton_point"]
+__all__ = ["ModeStatus", "NewtonSearch", "SearchResult", "Trial", "accepted", "default_tolerance"]
 
 # A decrement that falls below this share of the last one, from one concave point to another, needs no more questions.
 _NEARER = 0.25
@@ -34,8 +49,8 @@ _FALLING = 0.75
 _STEADY = 0.5
 # A unit that ends with trials of less than this share of Newton's step has stalled.
 _STALLED = 1e-6
-# Differences of this many rounding errors mean nothing: in a pivot, and in a coordinate.
-_PIVOT, _COORDINATE = 64, 4
+# A difference of this many rounding errors means nothing in a coordinate.
+_COORDINATE = 4
 
 
 class ModeStatus(Status):
@@ -52,80 +67,6 @@ class ModeStatus(Status):
     NOT_FINITE = 2, "the gradient or the curvature overflows or is NaN where the search begins: start elsewhere"
     STALLED = 3, "steps came to nothing: is there a kink (abs, max, Laplace density) at the mode, or none at all?"
     NOT_MAXIMUM = 4, "the gradient is zero where the log joint is flat or curves upwards: is there a unique mode?"
-
-
-class NewtonPoint(NamedTuple):
-    r"""Where the units stand and Newton's step from there, without a graph.
-
-    :param Tensor local: ``(N, k)``.
-    :param Tensor gradient: :math:`g`, ``(N, k)``; zero for a unit where it, or the tail, is not finite.
-    :param Tensor tail: negative Hessian blocks, ``(N, k, k)``; then the identity.
-    :param Tensor step: :math:`P^{-1} g`, ``(N, k)``, with a positive definite :math:`P`: the tail, repaired if need be.
-    :param Tensor factor: lower Cholesky factor of :math:`P`, ``(N, k, k)``.
-    :param Tensor decrement: :math:`\sqrt{g^\top P^{-1} g}`, ``(N,)``: the length of the step in conditional standard
-        deviations; infinite where gradient or tail is not finite.
-    :param Tensor concave: ``(N,)``, whether the tail needed no repair.
-    """
-
-    local: Tensor
-    gradient: Tensor
-    tail: Tensor
-    step: Tensor
-    factor: Tensor
-    decrement: Tensor
-    concave: Tensor
-
-
-def newton_point(local: Tensor, gradient: Tensor, tail: Tensor, repair: Repair) -> NewtonPoint:
-    """Return Newton's step from the gradient and curvature of all units.
-
-    :param Tensor local: ``(N, k)``.
-    :param Tensor gradient: of the log joint, ``(N, k)``.
-    :param Tensor tail: negative Hessian blocks, ``(N, k, k)``.
-    :param repair: of tails that are not positive definite; no other is touched.
-
-    Example: :math:`f = -2 (y - 1)^2`, taken at 0::
-
-        >>> from laplace_amort.linalg.softabs import SoftAbs
-        >>> point = newton_point(torch.zeros(1, 1), torch.tensor([[4.]]), torch.tensor([[[4.]]]), SoftAbs())
-        >>> point.step, point.decrement
-        (tensor([[1.]]), tensor([2.]))
-    """
-    finite = _finite(gradient, tail)
-    if not finite.all():
-        identity = torch.eye(tail.shape[-1], dtype=tail.dtype, device=tail.device)
-        gradient, tail = gradient.where(finite[:, None], 0 * identity[0]), tail.where(finite[:, None, None], identity)
-    factor, failed = blocks.cholesky(tail)
-    failed = failed | _has_vanishing_pivots(factor, tail)
-    if failed.any():
-        index, diagonal = failed.nonzero().squeeze(-1), tail.diagonal(dim1=-2, dim2=-1)
-        repaired, _ = repair(tail[index], diagonal[index].abs().maximum(_typical(diagonal)))
-        factor = factor.index_copy(0, index, blocks.cholesky(repaired)[0])
-    step = blocks.cholesky_solve(gradient.unsqueeze(-1), factor).squeeze(-1)
-    decrement = (gradient * step).sum(-1).clamp_(min=0).sqrt_().masked_fill_(~finite, torch.inf)
-    return NewtonPoint(local, gradient, tail, step, factor, decrement, finite & ~failed)
-
-
-def _finite(gradient: Tensor, tail: Tensor) -> Tensor:
-    """Whether the numbers of a unit, and their squares, are finite: bool, ``(N,)``."""
-    bound = torch.finfo(tail.dtype).max ** 0.5
-    if tail.numel() and all(-bound < float(end) < bound for part in (gradient, tail) for end in torch.aminmax(part)):
-        return torch.ones_like(gradient[:, 0], dtype=torch.bool)  # by far the usual case, and the cheap one
-    return (gradient.abs() < bound).all(-1) & (tail.abs() < bound).flatten(1).all(-1)
-
-
-def _has_vanishing_pivots(factor: Tensor, tail: Tensor) -> Tensor:
-    """Whether a pivot is nothing but rounding errors, which would make a step without bound: bool, ``(N,)``."""
-    if tail.shape[-1] == 1:
-        return torch.zeros_like(tail[:, 0, 0], dtype=torch.bool)
-    pivots, diagonal = factor.diagonal(dim1=-2, dim2=-1) ** 2, tail.diagonal(dim1=-2, dim2=-1)
-    return ~(pivots > _PIVOT * torch.finfo(tail.dtype).eps * diagonal).all(-1)
-
-
-def _typical(diagonal: Tensor) -> Tensor:
-    """A precision for each coordinate, ``(k,)``: medians, which no single unit moves, however wild."""
-    median = diagonal.abs().median(dim=0).values
-    return torch.where(median > 0, median, torch.ones_like(median))
 
 
 def default_tolerance(dtype: torch.dtype) -> float:
@@ -150,10 +91,13 @@ class SearchResult(NamedTuple):
 
 
 class _State(NamedTuple):
-    """A search under way.
+    """A search under way; each field has one number for each unit, ``(N,)``.
 
-    Of each unit: where it stands, the multiple of Newton's step that it tries next, how often it has turned back,
-    whether it was kicked off a point that is no mode, and its status.
+    :param NewtonPoint at: where it stands.
+    :param Tensor multiplier: the multiple of Newton's step that it tries next; 0 where it no longer does.
+    :param Tensor turns: how often a step of it has turned back.
+    :param Tensor kicked: whether it was kicked off a point that is no mode, bool.
+    :param Tensor status: of :class:`ModeStatus`.
     """
 
     at: NewtonPoint
@@ -169,6 +113,40 @@ class _State(NamedTuple):
     @property
     def trial(self) -> Tensor:
         return torch.addcmul(self.at.local, self.multiplier.unsqueeze(-1), self.at.step)
+
+
+class Trial(NamedTuple):
+    """What the end of a step shows of it, unit by unit, ``(N,)``.
+
+    If Newton's model held, a multiple m of its step would end with a slope of 1 - m, and with a bend of 1.
+
+    :param Tensor slope: along the step, as a share of that at its beginning; minus infinity where anything overflows.
+    :param Tensor bend: the curvature along the step, as a share of that at its beginning.
+    :param Tensor steady: whether Newton's model is exact but for rounding errors: it was a whole step, so near to the
+        mode that one more would end there, and the curvature hardly changed.
+    """
+
+    slope: Tensor
+    bend: Tensor
+    steady: Tensor
+
+
+def accepted(trial: Trial) -> Tensor:
+    """Return whether the end of a step is where the unit shall stand, in one of three cases: bool, ``(N,)``.
+
+    - *uphill*: the step ends before the maximum along it;
+    - *bracketed*: it ends past the maximum, but not by far, and the log joint curves downwards there;
+    - *steady*: whatever the slope says, it consists of rounding errors.
+
+    Example: not past the maximum, past it, too far past it, past an inflection, and a matter of rounding errors::
+
+        >>> slope, bend = torch.tensor([0.3, -0.5, -2., -0.5, -2.]), torch.tensor([-1., 1., 1., -1., 1.])
+        >>> accepted(Trial(slope, bend, torch.tensor([False, False, False, False, True])))
+        tensor([ True,  True, False, False,  True])
+    """
+    uphill = trial.slope >= 0
+    bracketed = (trial.slope >= -_OVERSHOOT) & (trial.bend > 0)
+    return uphill | bracketed | trial.steady
 
 
 @dataclass(frozen=True)
@@ -216,10 +194,6 @@ class NewtonSearch:
         gradient, tail = evaluate(log_joint, global_, local)
         return gradient, newton_point(local, gradient.detach(), tail, self.repair)
 
-    def _near(self, dtype: torch.dtype) -> float:
-        """Decrement below which rounding errors may be all there is: one more step would end at the tolerance."""
-        return max(self.tolerance, default_tolerance(dtype)) ** 0.5
-
     def _begin(self, at: NewtonPoint) -> _State:
         ones, never = torch.ones_like(at.decrement), torch.zeros_like(at.concave)
         status = torch.where(at.decrement < torch.inf, ModeStatus.MAX_STEPS, ModeStatus.NOT_FINITE)
@@ -236,46 +210,57 @@ class NewtonSearch:
         return self._judge(state, new, waiting)
 
     def _judge(self, state: _State, new: NewtonPoint, waiting: Tensor) -> _State:
-        """The same, where some unit did not do as well as Newton's model has it."""
-        old = state.at
-        slope = old.decrement**2  # at the beginning of the step, and minus the curvature along it
-        finite = new.decrement < torch.inf
-        ratio = ((new.gradient * old.step).sum(-1) / slope).masked_fill(~finite, -torch.inf)
-        bend = (blocks.matvec(new.tail, old.step) * old.step).sum(-1) / slope
-        near = old.concave & (old.decrement.maximum(new.decrement) <= self._near(old.decrement.dtype))
-        exact = near & (state.multiplier == 1) & ((bend - 1).abs() < _STEADY)
-        bracketed = (ratio >= -_OVERSHOOT) & (bend > 0)
+        """Take or refuse each trial on its own, where some unit did not do as well as Newton's model has it."""
+        old, trial = state.at, self._trial(state, new)
         moved = (new.local != old.local).any(-1)
-        taken = ~waiting & moved & finite & (exact | bracketed | (ratio >= 0))
-        turns = state.turns + (taken & (ratio < 0))
-        multiplier = torch.where(
-            taken,
-            _next_multiplier(state, new, ratio, turns),
-            state.multiplier * _share(old.local, new.local, ratio),
+        taken = ~waiting & moved & accepted(trial)
+        turns = state.turns + (taken & (trial.slope < 0))
+        after_taking = _next_multiplier(state, new, trial.slope, turns)
+        after_refusal = state.multiplier * _share(old.local, new.local, trial.slope)
+        judged = _State(
+            at=_choose(taken | waiting, new, old),
+            multiplier=torch.where(taken, after_taking, after_refusal),
+            turns=turns,
+            kicked=state.kicked,
+            status=state.status.masked_fill(~(moved | waiting), ModeStatus.STALLED),
         )
-        status = state.status.masked_fill(~(moved | waiting), ModeStatus.STALLED)
-        at = _choose(taken | waiting, new, old)
-        rounding = taken & exact & (new.decrement > old.decrement / 2)
-        return self._settle(_State(at, multiplier, turns, state.kicked, status), rounding)
+        # A step that is exact halves the decrement at least, unless it consists of rounding errors.
+        return self._settle(judged, rounding=taken & trial.steady & (new.decrement > old.decrement / 2))
+
+    def _trial(self, state: _State, new: NewtonPoint) -> Trial:
+        old = state.at
+        before = old.decrement**2  # the slope at the beginning of the step, and minus the curvature along it
+        slope = ((new.gradient * old.step).sum(-1) / before).masked_fill(~(new.decrement < torch.inf), -torch.inf)
+        bend = (blocks.matvec(new.tail, old.step) * old.step).sum(-1) / before
+        near = old.concave & (old.decrement.maximum(new.decrement) <= self._near(old.decrement.dtype))
+        return Trial(slope, bend, near & (state.multiplier == 1) & ((bend - 1).abs() < _STEADY))
+
+    def _near(self, dtype: torch.dtype) -> float:
+        """Decrement below which rounding errors may be all there is: one more step would end at the tolerance."""
+        return max(self.tolerance, default_tolerance(dtype)) ** 0.5
 
     def _settle(self, state: _State, rounding: Tensor | None = None) -> _State:
         """Give a status to units that have arrived, and a kick to those at a point that is stationary but no mode.
 
         :param Tensor rounding: bool, ``(N,)``: units whose decrement is a matter of rounding errors.
         """
-        at, status = state.at, state.status
+        arrived = self._small(state.at)
+        arrived = state.running & (arrived if rounding is None else arrived | rounding)
+        status = state.status.masked_fill(arrived & state.at.concave, ModeStatus.CONVERGED)
+        at, no_mode = state.at, arrived & ~state.at.concave
+        if no_mode.any():
+            status = status.masked_fill(no_mode & state.kicked, ModeStatus.NOT_MAXIMUM)
+            at = _kick(at, no_mode & ~state.kicked)
+        multiplier = state.multiplier.masked_fill(no_mode, 1.0).masked_fill(status != ModeStatus.MAX_STEPS, 0.0)
+        return _State(at, multiplier, state.turns, state.kicked | no_mode, status)
+
+    def _small(self, at: NewtonPoint) -> Tensor:
+        """Whether a step is within the tolerance, or of the size of rounding errors in every coordinate: ``(N,)``."""
         small = at.decrement <= self.tolerance
-        if not small.all():
-            resolution = _COORDINATE * torch.finfo(at.step.dtype).eps * at.local.abs()
-            small = small | (at.step.abs() <= resolution).all(-1)
-        stationary = state.running & (small if rounding is None else small | rounding)
-        status = status.masked_fill(stationary & at.concave, ModeStatus.CONVERGED)
-        saddle = stationary & ~at.concave
-        if saddle.any():
-            status = status.masked_fill(saddle & state.kicked, ModeStatus.NOT_MAXIMUM)
-            at = _kick(at, saddle & ~state.kicked)
-        multiplier = state.multiplier.masked_fill(saddle, 1.0).masked_fill(status != ModeStatus.MAX_STEPS, 0.0)
-        return _State(at, multiplier, state.turns, state.kicked | saddle, status)
+        if small.all():
+            return small
+        resolution = _COORDINATE * torch.finfo(at.step.dtype).eps * at.local.abs()
+        return small | (at.step.abs() <= resolution).all(-1)
 
 
 def _kick(at: NewtonPoint, units: Tensor) -> NewtonPoint:
@@ -284,22 +269,24 @@ def _kick(at: NewtonPoint, units: Tensor) -> NewtonPoint:
     return at._replace(step=step, decrement=at.decrement.masked_fill(units, torch.inf))
 
 
-def _next_multiplier(state: _State, new: NewtonPoint, ratio: Tensor, turns: Tensor) -> Tensor:
-    """The multiple of Newton's step to try after a trial that was taken.
+def _next_multiplier(state: _State, new: NewtonPoint, slope: Tensor, turns: Tensor) -> Tensor:
+    """The multiple of Newton's step to try after a trial that was taken: one, or two in a falling tail, in bounds.
 
     A step that was cut, or that turned back, bounds the length of the next. The more often a unit has turned, the more
     its steps shrink when it turns, and the less they grow when it does not: so none goes to and fro for ever.
     """
+    # As in the tail of exp: all along the step, the slope fell by less than Newton's model has it.
+    falling = (slope > 0) & (1 - slope < _FALLING * state.multiplier) & (state.multiplier >= 1)
+    wanted = torch.where(falling, 2 * state.multiplier, torch.ones_like(slope))
     last = (state.multiplier.unsqueeze(-1) * state.at.step).unsqueeze(-1)
     length = (new.factor * last).sum(-2).norm(dim=-1)  # of L^T s: of the last step, in the new precision
-    growth = torch.where((state.multiplier < 1) | (turns > 0), 1 + 1 / turns.clamp(min=1), torch.inf)
-    bound = torch.where(ratio < 0, 1 / (1 + turns), growth) * length
-    falling = (ratio > 0) & (1 - ratio < _FALLING * state.multiplier) & (state.multiplier >= 1)
-    wanted = torch.where(falling, 2 * state.multiplier, torch.ones_like(ratio))
-    return wanted.minimum(bound / new.decrement.clamp(min=torch.finfo(ratio.dtype).tiny))
+    held = (state.multiplier < 1) | (turns > 0)
+    growth = torch.where(held, 1 + 1 / turns.clamp(min=1), torch.inf)
+    longest = torch.where(slope < 0, 1 / (1 + turns), growth) * length
+    return wanted.minimum(longest / new.decrement.clamp(min=torch.finfo(slope.dtype).tiny))
 
 
-def _share(local: Tensor, trial: Tensor, ratio: Tensor) -> Tensor:
+def _share(local: Tensor, trial: Tensor, slope: Tensor) -> Tensor:
     """The share of a refused step to try next: to where the slope vanishes on a line between the two, within bounds.
 
     A step that is far longer than the way so far is cut by half its orders of magnitude: after an overflow there may be
@@ -307,7 +294,7 @@ def _share(local: Tensor, trial: Tensor, ratio: Tensor) -> Tensor:
     """
     length, size = (value.abs().amax(-1) for value in (trial - local, local))
     least = (size.clamp(min=1) / length).sqrt().clamp(max=_LEAST)
-    return (1 / (1 - ratio)).nan_to_num(nan=0.0).clamp(max=_MOST).maximum(least)
+    return (1 / (1 - slope)).nan_to_num(nan=0.0).clamp(max=_MOST).maximum(least)
 
 
 def _choose(taken: Tensor, new: NewtonPoint, old: NewtonPoint) -> NewtonPoint:
@@ -315,20 +302,3 @@ def _choose(taken: Tensor, new: NewtonPoint, old: NewtonPoint) -> NewtonPoint:
         return new
     pairs = zip(new, old, strict=True)
     return NewtonPoint(*(torch.where(taken.reshape(-1, *(1,) * (a.dim() - 1)), a, b) for a, b in pairs))
-
-
-def evaluate(log_joint: Density, global_: Tensor, local: Tensor) -> tuple[Tensor, Tensor]:
-    """Return gradient and negative Hessian of a log joint in the latents of each unit; the latter is a constant.
-
-    :param log_joint: a function of both tensors that returns a scalar.
-    :param Tensor global_: ``(d,)``.
-    :param Tensor local: ``(N, k)``, taken as a constant.
-    :return: the gradient ``(N, k)``, attached to the globals and to all else that ``log_joint`` depends on, and the
-        tails ``(N, k, k)``, without a graph.
-    """
-    with torch.enable_grad():
-        y = local.detach().requires_grad_()
-        (found,) = differentiate(log_joint(global_, y), [y], ["argument 'local'"], "first")
-    gradient = torch.zeros_like(y) if found is None else found
-    with torch.no_grad():
-        return gradient, local_curvature(gradient, y)

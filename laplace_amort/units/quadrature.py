@@ -88,7 +88,7 @@ class Laplace:
     Example::
 
         >>> Laplace().points(2, torch.zeros(()))
-        Points(points=tensor([[0., 0.]]), log_probs=tensor([0.]), log_density=tensor([-1.8379]))
+        QuadraturePoints(points=tensor([[0., 0.]]), log_probs=tensor([0.]), log_density=tensor([-1.8379]))
     """
 
     def points(self, local_dim: int, like: Tensor) -> QuadraturePoints:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers.strategies import standard_normal
 
-from laplace_amort.autodiff import batching as separable
+from laplace_amort.autodiff import batching
 from laplace_amort.autodiff.batching import SeparableDensity
 from laplace_amort.autodiff.recording import record
 
@@ -135,7 +135,7 @@ def test_chunks_fit_into_memory(runs, num_points, chunk, monkeypatch):
     """As many globals as there is memory for, with all of their points; never fewer than one."""
     made = recorded()
     assert made.units.num_bytes > 0
-    monkeypatch.setattr(separable, "_CHUNK_BYTES", int(runs * made.units.num_bytes))
+    monkeypatch.setattr(batching, "_CHUNK_BYTES", int(runs * made.units.num_bytes))
     assert made.chunk(num_points) == chunk
     assert LIVE.chunk(num_points) == 1
 

@@ -9,7 +9,7 @@ from helpers.unit_models import UNIT_MODELS
 from laplace_amort import AutoLaplaceFamily
 from laplace_amort.autodiff import batching
 from laplace_amort.autodiff.batching import values_and_gradients
-from laplace_amort.autodiff.recording import record
+from laplace_amort.autodiff.recording import Recording, record
 
 NAMES = ["normal", "binomial_slopes", "categorical_probs", "with_params", "module", "without_globals", "non_centered"]
 DRAWS = 7
@@ -28,7 +28,7 @@ class Problem:
         self.recorded = self.live.recorded(self.global_[0], self.local[0])
         self.parameters = list(self.live.density.parameters().values())
 
-    def pulls(self, model, parameters="all"):
+    def gradients(self, model, parameters="all"):
         return values_and_gradients(
             model, self.global_, self.local, self.parameters if parameters == "all" else parameters
         )
@@ -62,10 +62,10 @@ def test_recorded_live_and_plain_autograd_agree(name, monkeypatch):
     problem = Problem(name)
     expected = problem.by_autograd()
     assert expected[2].abs().max() > 0.1
-    assert_same(flat(problem.pulls(problem.live)), expected)
+    assert_same(flat(problem.gradients(problem.live)), expected)
     for draws in CHUNKS:
         set_chunk(monkeypatch, problem, draws)
-        assert_same(flat(problem.pulls(problem.recorded)), expected)
+        assert_same(flat(problem.gradients(problem.recorded)), expected)
 
 
 @pytest.mark.parametrize("name", ["with_params", "module"])
@@ -75,16 +75,16 @@ def test_parameters_of_the_model(name):
     assert problem.parameters
     for model in (problem.live, problem.recorded):
         expected = problem.by_autograd()
-        found = problem.pulls(model)
+        found = problem.gradients(model)
         assert [part.shape for part in found.in_parameters] == [leaf.shape for leaf in problem.parameters]
         assert all(part.abs().max() > 1e-3 for part in found.in_parameters)
-        assert_same(flat(problem.pulls(model, parameters=problem.parameters[:1])), expected[:4])
-        assert problem.pulls(model, parameters=[]).in_parameters == []
+        assert_same(flat(problem.gradients(model, parameters=problem.parameters[:1])), expected[:4])
+        assert problem.gradients(model, parameters=[]).in_parameters == []
         with torch.no_grad():
             for leaf in problem.parameters:
                 leaf -= 0.2
-        assert_same(flat(problem.pulls(model)), problem.by_autograd())
-        assert (problem.pulls(model).values - found.values).abs().max() > 1e-3
+        assert_same(flat(problem.gradients(model)), problem.by_autograd())
+        assert (problem.gradients(model).values - found.values).abs().max() > 1e-3
     assert all(leaf.grad is None for leaf in problem.parameters)
 
 
@@ -92,7 +92,7 @@ def test_a_parameter_that_is_not_used_has_a_gradient_of_zero():
     problem = Problem("normal")
     other = torch.ones(2, 3, requires_grad=True)
     for model in (problem.live, problem.recorded):
-        (gradient,) = problem.pulls(model, parameters=[other]).in_parameters
+        (gradient,) = problem.gradients(model, parameters=[other]).in_parameters
         assert torch.equal(gradient, torch.zeros(2, 3))
 
 
@@ -100,7 +100,7 @@ def test_a_parameter_that_is_not_used_has_a_gradient_of_zero():
 def test_values_alone(how):
     problem = Problem("with_params")
     model = getattr(problem, how)
-    found = problem.pulls(model, parameters=None)
+    found = problem.gradients(model, parameters=None)
     torch.testing.assert_close(found.values, problem.by_autograd()[0], rtol=1e-12, atol=1e-12)
     assert found.in_global.numel() == found.in_local.numel() == len(found.in_parameters) == 0
 
@@ -117,15 +117,16 @@ def test_no_graph_is_left_and_none_is_needed(how, enabled):
     assert global_.grad is None
 
 
-class Counting:
-    """A recording, and how many draws it was asked for at a time."""
+class Counting(Recording):
+    """A recording that knows how many draws it was asked for at a time."""
 
     def __init__(self, recording):
-        self.recording, self.num_bytes, self.sizes = recording, recording.num_bytes, []
+        super().__init__(recording.graph, recording.num_bytes)
+        self.sizes = []
 
     def __call__(self, global_, local):
         self.sizes.append(torch._C._functorch.get_unwrapped(global_).shape[0])
-        return self.recording(global_, local)
+        return super().__call__(global_, local)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +137,7 @@ def test_chunks_fit_into_memory(num_bytes, sizes, monkeypatch):
     problem = Problem("normal")
     problem.recorded.recording = counting = Counting(problem.recorded.recording)
     monkeypatch.setattr(batching, "_CHUNK_BYTES", int(num_bytes * counting.num_bytes))
-    problem.pulls(problem.recorded)
+    problem.gradients(problem.recorded)
     assert counting.sizes == sizes
 
 
@@ -154,7 +155,7 @@ def test_a_recording_without_results_is_one_chunk():
 def test_float32():
     torch.set_default_dtype(torch.float32)
     problem = Problem("normal")
-    found = problem.pulls(problem.recorded)
+    found = problem.gradients(problem.recorded)
     assert all(part.dtype == torch.float32 for part in flat(found))
     for one, other in zip(flat(found), problem.by_autograd(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
@@ -170,7 +171,7 @@ def test_a_lost_chunk_is_found(monkeypatch):
     expected = problem.by_autograd()
     stack = torch.stack
     monkeypatch.setattr(batching.torch, "stack", lambda column: stack(column[-1:]))
-    found = problem.pulls(problem.recorded)
+    found = problem.gradients(problem.recorded)
     monkeypatch.undo()
     assert_same(found[:3], expected[:3])
     assert all((one - other).abs().max() > 1e-3 for one, other in zip(found.in_parameters, expected[3:], strict=True))

@@ -168,12 +168,12 @@ def rich(theta, y):
     """Every rule of the algebra applies to it, and there is something to merge."""
     scale = theta[0].exp()
     residual = (y - theta[1] + 1.0) / scale
-    first = (scale.expand(2, 3).log() * y.sin()).sum() - (residual**2).reshape(-1).sum()
+    first = torch.xlogy(y.sin(), scale.expand(2, 3)).sum() - (residual**2).reshape(-1).sum()
     return first + y.cos().sin().sum() + scale.expand(2, 3).sum()
 
 
-def without_reciprocal(self, target, old):
-    target, args = REWRITTEN(self, target, old)
+def without_reciprocal(self, old):
+    target, args = REWRITTEN(self, old)
     if old.target is aten.div.Tensor and target is aten.mul.Tensor:
         args[1] = self.values[old.args[1]]
     return target, args
@@ -193,7 +193,7 @@ REWRITTEN = simplify._Simplifier._rewritten
 BUGS = {
     "no reciprocal": (simplify._Simplifier, "_rewritten", without_reciprocal),
     "one is neutral in sums": (simplify, "_NEUTRAL", {aten.add.Tensor: 1}),
-    "log of an exponential is the exponential": (simplify._Simplifier, "_exponent", lambda self, value: value),
+    "log of an exponential is the exponential": (simplify, "_exponent", lambda value: value),
     "sines are nothing": (simplify, "_SAME", simplify._SAME | {aten.sin.default}),
     "not expanded again": (simplify._Simplifier, "_expanded", lambda self, node: self.values[node].node),
     "more than equal operations are merged": (recording, "_merge_equal", merge_by_name),

@@ -67,8 +67,6 @@ SMALL_WEIGHTS = standard_normal(N, seed=5)
 
 # A function of a scalar and of N numbers, and all operations that are left of it.
 APPLIED = {
-    "log of exp": (lambda a, b: (a.exp().log() * b).sum(), "mul sum"),
-    "log of expanded exp": (lambda a, b: (a.exp().expand(N).log() * b).sum(), "mul sum"),
     "xlogy of exp": (lambda a, b: torch.xlogy(b, a.exp()).sum(), "mul sum"),
     "xlogy of expanded exp": (lambda a, b: torch.xlogy(b, a.exp().expand(N)).sum(), "mul sum"),
     "xlogy with data": (lambda a, b: torch.xlogy(SMALL_WEIGHTS, b.exp()).sum() * a, "mul sum mul"),
@@ -78,8 +76,8 @@ APPLIED = {
     "division by expanded": (lambda a, b: (b / a.expand(N)).sum(), "reciprocal mul sum"),
     "neutral": (lambda a, b: ((b * 1 + 0 - 0.0) / 1.0).sum() * a, "sum mul"),
     "expanded": (lambda a, b: (a.expand(N).exp().expand(M, N) + b).sum(), "exp add expand sum"),
-    "log after another use": (
-        lambda a, b: (lambda x: (x.cumsum(0) * x.log()).sum() * b.sum())(a.exp().expand(N)),
+    "xlogy after another use": (
+        lambda a, b: (lambda x: torch.xlogy(x.cumsum(0), x).sum() * b.sum())(a.exp().expand(N)),
         "exp expand cumsum mul sum sum mul",
     ),
 }
@@ -104,6 +102,8 @@ KEPT = {
     "trunc": (lambda a, b: (torch.div(b, a, rounding_mode="trunc") * b).sum(), "div mul sum"),
     "few by many": (lambda a, b: (a / b).sum(), "div sum"),
     "many by many": (lambda a, b: (b / (b * a)).sum(), "mul div sum"),
+    "log of exp": (lambda a, b: (a.exp().log() * b).sum(), "exp log mul sum"),
+    "log of expanded exp": (lambda a, b: (a.exp().expand(N).log() * b).sum(), "exp log mul sum"),
     "log of a sum of exp": (lambda a, b: (b.exp() + a.exp()).log().sum(), "exp exp add log sum"),
     "log of a product": (lambda a, b: (b.exp() * 2).log().sum() * a, "exp mul log sum mul"),
     "log1p of exp": (lambda a, b: b.exp().log1p().sum() * a, "exp log1p sum mul"),
@@ -111,6 +111,7 @@ KEPT = {
     "log2 of exp": (lambda a, b: b.exp().log2().sum() * a, "exp log2 sum mul"),
     "exp of log": (lambda a, b: b.cosh().log().exp().sum() * a, "cosh log exp sum mul"),
     "xlogy of no exp": (lambda a, b: torch.xlogy(b, b.cosh()).sum() * a, "cosh xlogy sum mul"),
+    "xlogy of exp of whole numbers": (lambda a, b: torch.xlogy(a, whole(b).exp()).sum(), "gt _to_copy exp xlogy sum"),
     "xlogy of exp and no exp": (lambda a, b: torch.xlogy(b.exp(), b.cosh()).sum() * a, "exp cosh xlogy sum mul"),
     "plus one": (lambda a, b: (b + 1).sin().sum() * a, "add sin sum mul"),
     "minus one": (lambda a, b: (b - 1).sin().sum() * a, "sub sin sum mul"),

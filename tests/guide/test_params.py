@@ -10,7 +10,7 @@ from pyro.infer import SVI, Trace_ELBO
 
 import laplace_amort.guide.params
 from laplace_amort import DualPath, LogJoint, dual_path_param, observed_information
-from laplace_amort.autodiff.paths import check_paths
+from laplace_amort.autodiff.path_checks import check_paths
 
 
 def weighted(dual, mean_weight, curvature_weight):

@@ -8,14 +8,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
 from helpers.strategies import standard_normal
-from laplace_amort.units.modes import ModeSolution, NewtonMode
+from laplace_amort.units.modes import NewtonMode
 from laplace_amort.units.newton import ModeStatus
 
 
@@ -242,8 +242,26 @@ PROBLEMS = {**ONE_MODE, **SEVERAL_MODES}
 # ------------------------------------------------------------------------------------------------------------- modes
 
 
+class ModeSolution(NamedTuple):
+    """Modes ``(N, k)``, what became of the search for each ``(N,)``, the last decrements ``(N,)``, and evaluations."""
+
+    mode: Tensor
+    status: Tensor
+    decrement: Tensor
+    num_steps: int
+
+
+def solve_for(
+    log_joint: Callable[[Tensor, Tensor], Tensor], theta: Tensor, start: Tensor, **settings: object
+) -> ModeSolution:
+    """Search without a graph, and raise for none that is not found."""
+    at, _, status, num_steps = NewtonMode(**settings).search(start.dtype)(log_joint, theta.detach(), start)
+    found = (status == ModeStatus.CONVERGED).unsqueeze(-1)
+    return ModeSolution(at.local + at.step.where(found, 0 * at.step), status, at.decrement, num_steps)
+
+
 def solve(problem: UnitProblem, start: Tensor | None = None, **settings: object) -> ModeSolution:
-    return NewtonMode(**settings).solve(problem.log_joint, problem.theta, problem.start if start is None else start)
+    return solve_for(problem.log_joint, problem.theta, problem.start if start is None else start, **settings)
 
 
 def assert_modes(problem: UnitProblem, solution: ModeSolution, tolerance: float = 1e-8) -> None:

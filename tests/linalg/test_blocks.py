@@ -181,7 +181,7 @@ def test_failures_are_seen_one_by_one_and_nothing_raises(factorize, size: int) -
         factor, failed = factorize(mixed)
     assert failed[:, 0].all()
     assert not failed[:, 1].any()
-    assert relative_error(factor[:, 1], factorize(good)[0]) < 1e-15
+    assert relative_error(factor[:, 1], factorize(good)[0]) < 1e-14  # elsewhere in a batch, the last bits may differ
     assert failed.dtype == torch.bool
     assert not failed.requires_grad
 
@@ -193,7 +193,7 @@ def test_failures_leave_the_gradients_of_others_alone(factorize, size: int) -> N
     mixed = torch.stack([good, -good]).requires_grad_()
     (gradient,) = torch.autograd.grad(factorize(mixed)[0][0].sum(), mixed)
     (alone,) = torch.autograd.grad(factorize(mixed[:1])[0].sum(), mixed)
-    assert relative_error(gradient[0], alone[0]) < 1e-15
+    assert relative_error(gradient[0], alone[0]) < 1e-14  # likewise
 
 
 # --------------------------------------------------------------------------------------------------------- derivatives

@@ -91,7 +91,7 @@ def test_correlations_near_one_are_the_hardest_to_leave_alone():
         for smallest in (1e-6, 1e-3, 0.1):
             matrix = (1 - smallest) * torch.ones(n, n) + smallest * torch.eye(n)
             change = repaired(matrix, smallest * 0.99 / 20) - matrix
-            assert change.abs().max() < 1e-15
+            assert change.abs().max() < 1e-14  # rounding errors of n eliminations, of elements up to 1
 
 
 @given(spectrum=spectra(max_size=1), floor=floors)

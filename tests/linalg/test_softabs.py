@@ -12,7 +12,8 @@ from helpers.repairs import MATRICES, check_derivatives
 from torch import Tensor
 from torch.autograd import gradgradcheck
 
-from laplace_amort.linalg.softabs import _divided_differences, _g, _positions, softabs, softabs_matrix
+from laplace_amort.linalg.divided_differences import divided_differences, positions, u_coth
+from laplace_amort.linalg.softabs import softabs, softabs_matrix
 
 DIGITS = 150
 
@@ -44,8 +45,8 @@ def exact_difference(*points: float) -> mpmath.mpf:
 def difference(points: Tensor) -> Tensor:
     """Of the points in the last dimension, from the table that has them all."""
     n = points.shape[-1]
-    table = _divided_differences(points.sort(dim=-1).values, n - 1)
-    return table[..., _positions(n, n - 1, points.device)[tuple(range(n))]]
+    table = divided_differences(points.sort(dim=-1).values, n - 1)
+    return table[..., positions(n, n - 1, points.device)[tuple(range(n))]]
 
 
 def largest_error(actual: Tensor, expected: list[mpmath.mpf]) -> float:
@@ -67,7 +68,7 @@ def scalars() -> list[float]:
 def test_scalar_function(order: int, bound: float) -> None:
     with mpmath.workdps(DIGITS):
         points = scalars()
-        assert largest_error(_g(torch.tensor(points), order), [exact(p, order) for p in points]) < bound
+        assert largest_error(u_coth(torch.tensor(points), order), [exact(p, order) for p in points]) < bound
 
 
 def pairs() -> list[tuple[float, float]]:
@@ -104,14 +105,14 @@ def test_planted_subtraction_fails_where_points_are_near() -> None:
     with mpmath.workdps(DIGITS):
         a, b = torch.tensor(pairs()).unbind(-1)
         apart = (a != b) & ((a - b).abs() < 1e-3)
-        quotient = ((_g(a, 0) - _g(b, 0)) / (a - b))[apart]
+        quotient = ((u_coth(a, 0) - u_coth(b, 0)) / (a - b))[apart]
         expected = [exact_difference(*p) for p, near in zip(pairs(), apart.tolist(), strict=True) if near]
         assert largest_error(quotient, expected) > 1e-6
 
 
 def test_positions_are_those_of_the_set() -> None:
     points = torch.tensor([-1.3, 0.2, 0.4])
-    table, position = _divided_differences(points, 2), _positions(3, 2, points.device)
+    table, position = divided_differences(points, 2), positions(3, 2, points.device)
     with mpmath.workdps(DIGITS):
         indices = list(itertools.product(range(3), repeat=3))
         actual = torch.stack([table[position[index]] for index in indices])

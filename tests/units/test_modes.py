@@ -8,7 +8,18 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers.mode_problems import CLOSED_FORMS, UnitProblem, beta, cauchy, gamma, normal, poisson, regression
+from helpers.mode_problems import (
+    CLOSED_FORMS,
+    UnitProblem,
+    beta,
+    cauchy,
+    gamma,
+    normal,
+    poisson,
+    regression,
+    solve,
+    solve_for,
+)
 from helpers.strategies import standard_normal
 from torch import Tensor
 
@@ -79,7 +90,7 @@ def test_without_gradients_there_is_no_graph() -> None:
             mode = NewtonMode(differentiable_steps=steps).find(problem, theta, problem.start)
         assert not mode.requires_grad
         assert torch.equal(mode, attached)
-    solution = NewtonMode().solve(problem.log_joint, theta, problem.start)
+    solution = solve_for(problem.log_joint, theta, problem.start)
     assert not any(value.requires_grad for value in solution[:3])
     assert torch.equal(solution.mode, attached)
     assert theta.grad is None
@@ -144,8 +155,8 @@ def test_settings_out_of_range(settings: dict[str, object], message: str) -> Non
 
 def test_tolerance_is_that_of_the_last_point() -> None:
     problem = regression(20)
-    loose = NewtonMode(tolerance=1e-3).solve(problem.log_joint, problem.theta, problem.start)
-    tight = NewtonMode().solve(problem.log_joint, problem.theta, problem.start)
+    loose = solve(problem, tolerance=1e-3)
+    tight = solve(problem)
     assert tight.decrement.max() <= 1e-9 < 1e-7 < loose.decrement.max() <= 1e-3
     assert loose.num_steps < tight.num_steps
     assert (loose.mode - tight.mode).abs().max() < 1e-5

@@ -8,6 +8,7 @@ import torch
 from helpers.mode_problems import (
     ONE_MODE,
     PROBLEMS,
+    ModeSolution,
     UnitProblem,
     assert_modes,
     cauchy,
@@ -17,6 +18,7 @@ from helpers.mode_problems import (
     mixture,
     poisson,
     solve,
+    solve_for,
     student,
     uniform,
 )
@@ -26,7 +28,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from laplace_amort.units import newton
-from laplace_amort.units.modes import ModeSolution, NewtonMode
 from laplace_amort.units.newton import ModeStatus, NewtonSearch
 
 
@@ -103,7 +104,7 @@ class Trials:
 def test_trials_that_overflow_are_refused() -> None:
     """Far left of the mode the curvature is that of the prior, and Newton's step ends where exp is infinite."""
     trials = Trials(poisson(counts=torch.tensor([1e6])))
-    solution = NewtonMode().solve(trials, trials.problem.theta, torch.full((1, 1), -50.0))
+    solution = solve_for(trials, trials.problem.theta, torch.full((1, 1), -50.0))
     assert_modes(trials.problem, solution)
     assert not all(trials.finite())
 

@@ -5,13 +5,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers.mode_problems import UnitProblem, assert_modes, cauchy, poisson, regression, solve
+from helpers.mode_problems import ModeSolution, UnitProblem, assert_modes, cauchy, poisson, regression, solve
 from helpers.strategies import standard_normal
 from torch import Tensor
 
 from laplace_amort.linalg.softabs import SoftAbs
-from laplace_amort.units.modes import ModeSolution
-from laplace_amort.units.newton import ModeStatus, newton_point
+from laplace_amort.units.newton import ModeStatus
+from laplace_amort.units.newton_step import newton_point
 
 
 def beside(problem: UnitProblem, odd: Callable[[Tensor, Tensor], Tensor], start: float) -> UnitProblem:
@@ -40,8 +40,10 @@ def test_one_odd_unit_does_not_spoil_the_others(name: str) -> None:
     problem = poisson()
     alone, solution = solve(problem), solve(beside(problem, odd, start))
     assert solution.status.tolist() == [status] + [ModeStatus.CONVERGED] * 6
-    assert torch.equal(solution.mode[1:], alone.mode)
-    assert torch.equal(solution.decrement[1:], alone.decrement)
+    # A vector of numbers ends elsewhere with one unit more, and exp may round the last ones otherwise; decrements of
+    # units that have converged, 4e-10 at most, are differences of numbers of that size.
+    torch.testing.assert_close(solution.mode[1:], alone.mode, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(solution.decrement[1:], alone.decrement, rtol=1e-4, atol=1e-12)
 
 
 def test_units_that_need_repair_are_not_spoilt_either() -> None:
