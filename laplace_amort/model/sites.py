@@ -5,7 +5,8 @@ Reads the nodes of traces that :mod:`laplace_amort.model.log_joint` makes; trace
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,14 +23,17 @@ __all__ = [
     "IDENTITY",
     "LatentSite",
     "check_plate_sizes",
+    "element_names",
     "find_sites",
     "init_to_zero",
     "is_fixed",
     "log_abs_det",
     "plates_of",
+    "refuse_boundary",
     "refuse_subsampled",
     "subsample_scale_of",
     "transform_of",
+    "undressed",
 ]
 
 IDENTITY = biject_to(constraints.real)
@@ -69,6 +73,29 @@ class LatentSite:
     def subsample_scale(self) -> float:
         """Product of ``N / B`` over the subsampled plates around the site."""
         return subsample_scale_of(self.plates)
+
+
+def element_names(name: str, shape: Sequence[int]) -> list[str]:
+    """Name the elements of a site in the order in which they are stored.
+
+    :param str name: of the site.
+    :param shape: of its value.
+
+    Example::
+
+        >>> element_names("tau", ()), element_names("beta", (2,)), element_names("L", (1, 2))
+        (['tau'], ['beta[0]', 'beta[1]'], ['L[0, 0]', 'L[0, 1]'])
+    """
+    if not shape:
+        return [name]
+    return [f"{name}[{', '.join(map(str, index))}]" for index in itertools.product(*map(range, shape))]
+
+
+def undressed(fn: Any) -> Any:
+    """Return the distribution itself, without ``to_event``, ``expand`` and ``mask`` around it."""
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return fn
 
 
 def init_to_zero(site: Any) -> Tensor:
@@ -168,6 +195,21 @@ def log_abs_det(transform: Transform, value: Tensor, constrained: Tensor, event_
     log_jacobian = transform.log_abs_det_jacobian(value, constrained)
     surplus = log_jacobian.dim() - (constrained.dim() - event_dim)
     return log_jacobian.sum(tuple(range(-surplus, 0))) if surplus else log_jacobian
+
+
+def refuse_boundary(name: str, constrained: Tensor, unconstrained: Tensor) -> None:
+    """Refuse a constrained value whose unconstrained image is not finite."""
+    if unconstrained.isfinite().all():
+        return
+    index = (~unconstrained.isfinite()).nonzero()[0].tolist()
+    if constrained.shape == unconstrained.shape:
+        said = f"it is {constrained[tuple(index)].item():.4g}" + (f" at index {index}" if index else "")
+    else:  # an event may have another shape there
+        said = f"one of its elements is {constrained.flatten().tolist()[:4]}"
+    raise ModelError(
+        f"the value of site '{name}' lies outside its support, or on its boundary: {said}. "
+        "Did it overflow, or become NaN?"
+    )
 
 
 def plates_of(node: Any) -> tuple[Any, ...]:

@@ -143,7 +143,7 @@ PLANTED = {
 @pytest.mark.parametrize("bug", PLANTED)
 def test_oracle_finds_planted_bugs(monkeypatch, bug):
     attribute, wrong, name = PLANTED[bug]
-    monkeypatch.setattr(f"laplace_amort.{attribute}", wrong)
+    monkeypatch.setattr(f"laplace_amort.model.{attribute}", wrong)
     with pytest.raises(AssertionError, match="not close"):
         test_value_is_pyros_log_prob_and_the_jacobians(name)
 
