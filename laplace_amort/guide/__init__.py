@@ -1,10 +1,11 @@
 """The amortized Laplace family: a Gaussian with one parameter, and a guide at given data as a problem."""
 
 from laplace_amort.guide.auto import AutoLaplaceFamily
-from laplace_amort.guide.gaussian import LaplaceGaussian, is_elementwise
+from laplace_amort.guide.gaussian import LaplaceGaussian, is_elementwise, is_exponential
 from laplace_amort.guide.heads import Head, JointCurvature, KnownCurvature, MarginalCurvature
 from laplace_amort.guide.params import dual_path_param
-from laplace_amort.guide.problem import Problem, set_vector, to_vector
+from laplace_amort.guide.problem import Problem
+from laplace_amort.guide.vector import set_vector, to_vector
 
 __all__ = [
     "AutoLaplaceFamily",
@@ -16,6 +17,7 @@ __all__ = [
     "Problem",
     "dual_path_param",
     "is_elementwise",
+    "is_exponential",
     "set_vector",
     "to_vector",
 ]

@@ -4,7 +4,7 @@ from laplace_amort.model.handlers import SubsampledPlate
 from laplace_amort.model.layout import UnitLayout, find_layout
 from laplace_amort.model.log_joint import LogJoint
 from laplace_amort.model.observed import ObservedSite, observed_sites, with_data_drawn
-from laplace_amort.model.sites import init_to_zero, plates_of
+from laplace_amort.model.sites import element_names, init_to_zero, plates_of, undressed
 from laplace_amort.model.terms import separated, unit_owners, unit_terms
 from laplace_amort.model.unit_model import UnitModel, UnitModels
 
@@ -15,11 +15,13 @@ __all__ = [
     "UnitLayout",
     "UnitModel",
     "UnitModels",
+    "element_names",
     "find_layout",
     "init_to_zero",
     "observed_sites",
     "plates_of",
     "separated",
+    "undressed",
     "unit_owners",
     "unit_terms",
     "with_data_drawn",

@@ -15,7 +15,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.infer.autoguide.initialization import InitMessenger, init_to_mean, init_to_median
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_mean
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions.transforms import Transform
@@ -35,6 +35,7 @@ from laplace_amort.model.packing import Packing
 from laplace_amort.model.sites import (
     IDENTITY,
     LatentSite,
+    feasible,
     find_sites,
     init_to_zero,
     plates_of,
@@ -154,6 +155,14 @@ class LogJoint:
         """
         self._first().check_data()
 
+    def suspicious_data(self) -> str:
+        """Say which observed value lies outside the support of its distribution; nothing if none is seen to.
+
+        Where the log joint is minus infinity, this may tell why. It is a suspicion, and :meth:`check_data` is certain:
+        here, a support may depend on a latent, and is that of a single run.
+        """
+        return model_errors.outside_support(self._run_at_zero())
+
     def evaluate(self, unconstrained: Mapping[str, Tensor]) -> Tensor:
         """Evaluate the log joint density at unconstrained values of every site; like a call, without packing."""
         trace, log_jacobians = self._run_at(unconstrained)
@@ -187,9 +196,7 @@ class LogJoint:
 
     def _run_at(self, unconstrained: Mapping[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
         """Trace the model there; returns the log-Jacobians of the sites whose coordinates are others as well."""
-        feed = Feed(unconstrained, self.sites)
-        trace = self._run(feed)
-        self._packing.refuse_change(feed.log_jacobians)
+        trace, feed = self._fed(unconstrained)
         others = {name: part for name, part in feed.log_jacobians.items() if feed.transforms[name] is not IDENTITY}
         return trace, others
 
@@ -244,8 +251,7 @@ class LogJoint:
         self._packing.check_names(values)
         transforms = self._fixed_transforms()
         if len(transforms) < len(self.sites):
-            trace: Any = self._run(poutine.condition(data=dict(values)))
-            self._packing.refuse_change(name for name in self.sites if name in trace.nodes)
+            trace = self._run_whole(poutine.condition(data=dict(values)))
             transforms = {name: transform_of(trace.nodes[name]) for name in self.sites}
         unconstrained = {name: transforms[name].inv(values[name]) for name in self.sites}
         for name, value in unconstrained.items():
@@ -267,21 +273,13 @@ class LogJoint:
 
     def prototype(self, init_loc_fn: Callable[..., Any] = init_to_mean) -> Any:
         """Return a trace of the model at the start that :meth:`initial` gives."""
-
-        def init(site: Any) -> Tensor:
-            try:
-                value = init_loc_fn(site)
-                # The mean of a heavy tail is infinite, and Pyro takes it for a value.
-                return value if value.isfinite().all() else init_to_median(site)
-            except NotImplementedError:  # nothing to sample from: an improper prior
-                return init_to_zero(site)
-
-        trace = self._run(InitMessenger(init))
-        self._packing.refuse_change(name for name in self.sites if name in trace.nodes)
-        return trace
+        return self._run_whole(InitMessenger(feasible(init_loc_fn)))
 
     def parameters(self) -> dict[str, Tensor]:
-        """Return the model's own parameters (``pyro.param``, weights of modules) by name: the unconstrained leaves."""
+        """Return the model's own parameters (``pyro.param``, weights of modules) by name: the unconstrained leaves.
+
+        They are those of one run, which is made once.
+        """
         return self._first().parameters()
 
     def log_jacobian(self, packed: Tensor) -> Tensor:
@@ -349,17 +347,14 @@ class LogJoint:
         if len(known) == len(self.sites):
             return known
         # A support that depends on other latents, such as Uniform(0, theta), is known only once they are.
-        feed = Feed(unconstrained, self.sites)
-        self._run(feed)
-        self._packing.refuse_change(feed.log_jacobians)
-        return {name: known.get(name, feed.transforms[name]) for name in self.sites}
+        transforms = self._fed(unconstrained)[1].transforms
+        return {name: known.get(name, transforms[name]) for name in self.sites}
 
     def _weights(self, unconstrained: Mapping[str, Tensor]) -> dict[str, AbstractContextManager[Any]]:
         """The ``poutine.scale`` and ``poutine.mask`` that the model has around each site, to enter once."""
         if not any(site.weighted for site in self.sites.values()):
             return {name: nullcontext() for name in self.sites}
-        nodes: Any = self._run(Feed(unconstrained, self.sites)).nodes
-        self._packing.refuse_change(name for name in self.sites if name in nodes)
+        nodes = self._fed(unconstrained)[0].nodes
         # The plates that the guide opens bring their own share of the scale.
         return {
             name: weight_context(nodes[name]["scale"] / subsample_scale_of(plates_of(nodes[name])), nodes[name]["mask"])
@@ -379,6 +374,17 @@ class LogJoint:
         """
         with torch.random.fork_rng(devices=[]):
             return self._run(InitMessenger(init_to_zero), indices)
+
+    def _fed(self, unconstrained: Mapping[str, Tensor]) -> tuple[Any, Feed]:
+        """Trace the model at unconstrained values; returns transforms and log-Jacobians as well."""
+        feed = Feed(unconstrained, self.sites)
+        return self._run_whole(feed), feed
+
+    def _run_whole(self, handler: Messenger) -> Any:
+        """Trace the model, and refuse a run that left out latent sites."""
+        trace: Any = self._run(handler)
+        self._packing.refuse_change(name for name in self.sites if name in trace.nodes)
+        return trace
 
     def _run(self, handler: Messenger, indices: Indices | None = None) -> poutine.Trace:
         """Trace one run of the model under ``handler``, hidden from every handler outside."""

@@ -6,12 +6,14 @@ Reads the nodes of traces that :mod:`laplace_amort.model.log_joint` makes; trace
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pyro.distributions
 import torch
+from pyro.distributions.torch_distribution import MaskedDistribution
+from pyro.infer.autoguide.initialization import init_to_median
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to, constraints
@@ -24,9 +26,11 @@ __all__ = [
     "LatentSite",
     "check_plate_sizes",
     "element_names",
+    "feasible",
     "find_sites",
     "init_to_zero",
     "is_fixed",
+    "layers_of",
     "log_abs_det",
     "plates_of",
     "refuse_boundary",
@@ -37,6 +41,7 @@ __all__ = [
 ]
 
 IDENTITY = biject_to(constraints.real)
+_WRAPPERS = torch.distributions.Independent, MaskedDistribution, pyro.distributions.ExpandedDistribution
 
 
 @dataclass(frozen=True)
@@ -91,11 +96,17 @@ def element_names(name: str, shape: Sequence[int]) -> list[str]:
     return [f"{name}[{', '.join(map(str, index))}]" for index in itertools.product(*map(range, shape))]
 
 
+def layers_of(fn: Any) -> list[Any]:
+    """Return a distribution and what it wraps by ``to_event``, ``expand`` and ``mask``, the plain one last."""
+    layers = [fn]
+    while isinstance(layers[-1], _WRAPPERS):
+        layers.append(layers[-1].base_dist)
+    return layers
+
+
 def undressed(fn: Any) -> Any:
-    """Return the distribution itself, without ``to_event``, ``expand`` and ``mask`` around it."""
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    return fn
+    """Return the plain distribution in a wrapped one: without ``to_event``, ``expand`` and ``mask``."""
+    return layers_of(fn)[-1]
 
 
 def init_to_zero(site: Any) -> Tensor:
@@ -107,6 +118,20 @@ def init_to_zero(site: Any) -> Tensor:
     except NotImplementedError:
         like = torch.zeros(())
     return transform(like.new_zeros(transform.inverse_shape(site["fn"].shape())))
+
+
+def feasible(init_loc_fn: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
+    """Return one of Pyro's ``init_to_*`` strategies, mended where it has no value, or one that is not finite."""
+
+    def init(site: Any) -> Tensor:
+        try:
+            value = init_loc_fn(site)
+            # The mean of a heavy tail is infinite, and Pyro takes it for a value.
+            return value if value.isfinite().all() else init_to_median(site)
+        except NotImplementedError:  # nothing to sample from: an improper prior
+            return init_to_zero(site)
+
+    return init
 
 
 def find_sites(trace: Any) -> dict[str, LatentSite]:
