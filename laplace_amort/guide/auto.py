@@ -240,7 +240,7 @@ class AutoLaplaceFamily(AutoGuide):
         unit_model.check_deterministic(global_, local)
         # Beside the start: at a point of symmetry the second derivative of a coupling may vanish.
         check_structure(
-            unit_model.log_joint, nearby(global_, _BESIDE, 1), nearby(local, _BESIDE, 2), names=layout.local_names()
+            unit_model.log_joint, nearby(global_, _BESIDE, 1), nearby(local, _BESIDE, 2), names=layout.local_elements()
         )
         if not hasattr(self, "loc"):
             size = layout.frame.full_size

@@ -151,7 +151,7 @@ def outside_support(trace: Any) -> str:
     :param trace: of the run.
     """
     for node in _observed(trace):
-        if node["mask"] is not None:
+        if node["mask"] is not None and node["mask"] is not True:
             continue
         try:
             inside = node["fn"].support.check(node["value"])
