@@ -32,6 +32,17 @@ class Terms(NamedTuple):
     values: Tensor
 
 
+class _RecordedTerms(NamedTuple):
+    """Terms of which sites there are, and the recording of their values; a class, so that it can be pickled."""
+
+    kinds: list[tuple[str, bool]]
+    parts: Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+
+    def __call__(self, global_: Tensor, local: Tensor) -> list[Terms]:
+        values = self.parts(global_, local)
+        return [Terms(*kind, part) for kind, part in zip(self.kinds, values, strict=True)]
+
+
 class UnitModel:
     r"""The log joint :math:`f(\theta, y)` of a Pyro model for given data, globals ``(d,)`` and units ``(N, k)`` apart.
 
@@ -47,7 +58,7 @@ class UnitModel:
         self.layout = layout
         self.units = units
         self.recording: Recording | None = None
-        self._recorded_terms: Callable[[Tensor, Tensor], list[Terms]] | None = None
+        self._recorded_terms: _RecordedTerms | None = None
 
     def recorded(self, global_: Tensor, local: Tensor) -> UnitModel:
         """Return the same model as a recording of its tensor operations, for many evaluations with the same data.
@@ -63,7 +74,7 @@ class UnitModel:
         other.recording = record(other._sum_of_terms, global_, local)
         return other
 
-    def _record_terms(self, global_: Tensor, local: Tensor) -> Callable[[Tensor, Tensor], list[Terms]]:
+    def _record_terms(self, global_: Tensor, local: Tensor) -> _RecordedTerms:
         found: list[Terms] = []
 
         def joined(global_: Tensor, local: Tensor) -> Tensor:
@@ -72,9 +83,7 @@ class UnitModel:
 
         parts = record(joined, global_, local).parts()
         kinds = [(terms.name, terms.inside) for terms in found]
-        return lambda global_, local: [
-            Terms(*kind, values) for kind, values in zip(kinds, parts(global_, local), strict=True)
-        ]
+        return _RecordedTerms(kinds, parts)
 
     def _sum_of_terms(self, global_: Tensor, local: Tensor) -> Tensor:
         total, *others = (terms.values.sum() for terms in self.flat_terms(global_, local))

@@ -126,4 +126,5 @@ def test_the_recording_of_a_model_that_changes_is_found_at_the_optimum():
     assert "differs from that of the model" in result.problem.not_recorded
     assert result.problem.unit_model.recording is None
     expected = fit(model, AutoLaplaceFamily(model), Z + 1, objective=MarginalLaplace(), progress=False)
-    assert result.objective == pytest.approx(expected.objective, rel=1e-9)
+    # Both stop where the gradient is small, from different starts; the shift by one moves the objective by far more.
+    assert result.objective == pytest.approx(expected.objective, rel=1e-6)

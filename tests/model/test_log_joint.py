@@ -199,7 +199,8 @@ def test_order_and_constraints_are_those_of_an_automatic_guide(name):
     constrained = log_joint.constrain(packed)
     assert list(median) == list(constrained)
     for site, value in constrained.items():
-        assert torch.equal(median[site], value)
+        # Pyro has the elements in other places in memory, where torch may take another path through the same function.
+        torch.testing.assert_close(median[site], value, rtol=1e-13, atol=1e-14)
 
 
 @pytest.mark.parametrize("name", sorted(set(MODELS) - NO_ORACLE))
