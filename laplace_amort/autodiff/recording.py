@@ -53,6 +53,27 @@ class Recording:
         """The number of operations."""
         return sum(node.op == "call_function" for node in self.graph.graph.nodes)
 
+    def parts(self) -> Callable[[Tensor, Tensor], tuple[Tensor, ...]]:
+        """Return the function whose results are what ``torch.cat`` joined last, without a copy of them.
+
+        :raises RecordingError: if what was recorded is no concatenation.
+        """
+        graph: Any = fx.Graph()
+        joined: Any = graph.graph_copy(self.graph.graph, {})
+        failures = []
+        while joined.target is _nan_where_failed:
+            joined, failure = joined.args
+            failures.append(failure)
+        if joined.target is not torch.ops.aten.cat.default:
+            raise RecordingError("what was recorded is no concatenation, and has no parts")
+        parts = list(joined.args[0])
+        for failure in failures:
+            parts = [graph.call_function(_nan_where_failed, (part, failure)) for part in parts]
+        graph.output(tuple(parts))
+        graph.eliminate_dead_code()
+        function: Callable[[Tensor, Tensor], tuple[Tensor, ...]] = fx.GraphModule(self.graph, graph).forward
+        return function
+
     def check(self, log_joint: Density, global_: Tensor, local: Tensor) -> None:
         """Compare value and gradients with those of the log joint itself, at one point.
 

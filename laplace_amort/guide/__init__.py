@@ -5,7 +5,8 @@ from laplace_amort.guide.auto import AutoLaplaceFamily
 from laplace_amort.guide.gaussian import LaplaceGaussian, is_elementwise
 from laplace_amort.guide.heads import Head, JointCurvature, KnownCurvature, MarginalCurvature
 from laplace_amort.guide.params import dual_path_param
-from laplace_amort.guide.problem import Problem, set_vector, to_vector
+from laplace_amort.guide.problem import Problem
+from laplace_amort.guide.vector import set_vector, to_vector
 
 __all__ = [
     "AutoLaplaceFamily",

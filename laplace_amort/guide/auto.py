@@ -232,15 +232,15 @@ class AutoLaplaceFamily(AutoGuide):
         unit_model.density.check_data()
         with torch.no_grad():
             trace = unit_model.density.prototype(self.init_loc_fn)
+        global_, local = unit_model.start_in(trace)
         for name in [name for name, node in trace.nodes.items() if self._prototype_hide_fn(node)]:
             trace.remove_node(name)  # latents only, as in every AutoGuide; the data of this call are not for keeping
         self.prototype_trace = trace
         layout = unit_model.layout
-        global_, local = unit_model.start(self.init_loc_fn)
         unit_model.check_deterministic(global_, local)
         # Beside the start: at a point of symmetry the second derivative of a coupling may vanish.
         check_structure(
-            unit_model.log_joint, nearby(global_, _BESIDE, 1), nearby(local, _BESIDE, 2), names=layout.local_names()
+            unit_model.log_joint, nearby(global_, _BESIDE, 1), nearby(local, _BESIDE, 2), names=layout.local_elements()
         )
         if not hasattr(self, "loc"):
             size = layout.frame.full_size

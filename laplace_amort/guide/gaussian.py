@@ -12,13 +12,13 @@ import pyro.distributions as dist
 import torch
 from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor
-from torch.distributions.transforms import IndependentTransform, Transform
+from torch.distributions.transforms import ComposeTransform, ExpTransform, IndependentTransform, Transform
 
 from laplace_amort.errors import ModelError
 from laplace_amort.linalg import Arrowhead, RepairReport
 from laplace_amort.model import UnitModel
 
-__all__ = ["LaplaceGaussian", "is_elementwise"]
+__all__ = ["LaplaceGaussian", "is_elementwise", "is_exponential"]
 
 _NODES = 41  # of the Gauss-Hermite rule for means in constrained space
 
@@ -155,7 +155,21 @@ def _without_room(value: Tensor, rank: int) -> Tensor:
 
 
 def is_elementwise(transform: Transform) -> bool:
-    """Whether each element of the constrained value is a function of one element of the unconstrained one."""
+    """Tell whether each element of the constrained value is a function of one element of the unconstrained one."""
+    transform = _of_one_event(transform)
+    return int(transform.domain.event_dim) == 0 and int(transform.codomain.event_dim) == 0
+
+
+def is_exponential(transform: Transform | None) -> bool:
+    """Tell whether the unconstrained value is a logarithm: of the constrained one, or of its distance from a bound."""
+    transform = _of_one_event(transform)
+    if isinstance(transform, ComposeTransform):
+        return any(is_exponential(part) for part in transform.parts)
+    return isinstance(transform, ExpTransform)
+
+
+def _of_one_event(transform: Any) -> Any:
+    """The transform that one for several dimensions repeats."""
     while isinstance(transform, IndependentTransform):
         transform = transform.base_transform
-    return int(transform.domain.event_dim) == 0 and int(transform.codomain.event_dim) == 0
+    return transform

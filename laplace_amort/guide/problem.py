@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor
 
@@ -21,12 +20,13 @@ from laplace_amort.errors import ModelError, RecordingError, ResumeError
 from laplace_amort.guide.auto import AutoLaplaceFamily
 from laplace_amort.guide.gaussian import LaplaceGaussian
 from laplace_amort.guide.heads import Head
+from laplace_amort.guide.vector import set_vector, to_vector
 from laplace_amort.linalg import Arrowhead, repair_tails
 from laplace_amort.model import SubsampledPlate, UnitModel, separated, unit_owners, unit_terms
 from laplace_amort.types import Vector
 from laplace_amort.units import FreeMode, Mode, NewtonMode, UnitIntegrals
 
-__all__ = ["Problem", "set_vector", "to_vector"]
+__all__ = ["Problem"]
 
 # Conditional standard deviations beside the mode where curvatures are compared, and by what share they may differ.
 _BESIDE, _NOTICEABLE = 1e-3, 0.05
@@ -158,6 +158,23 @@ class Problem:
         """The plates of which the model takes only a part, of units or of anything else."""
         return [plate for plate in self.unit_model.density.subsampled_plates if plate.subsample_size < plate.size]
 
+    def refuse_minibatch(self, rest: str) -> None:
+        """Refuse a model that takes only a part of a plate, for what needs all of it.
+
+        :param str rest: of the sentence, after a comma: who needs all of it, and the line to type.
+        :raises ModelError: naming the plate and its sizes.
+        """
+        for plate in self.subsamples:
+            kind = "units" if plate.name == self.unit_model.layout.frame.name else "elements"
+            raise ModelError(
+                f"the model takes {plate.subsample_size} of {plate.size} {kind} of plate '{plate.name}' at a time, "
+                f"{rest}"
+            )
+
+    def global_elements(self) -> list[str]:
+        """Name each of the ``d`` unconstrained elements of the globals, such as ``B[0, 1]``."""
+        return self.unit_model.layout.global_elements()
+
     @property
     def mode(self) -> Mode:
         """What finds the modes along which a marginal density is taken: the guide's, if it finds any."""
@@ -284,19 +301,3 @@ class Problem:
 
 def _nothing(global_: Tensor, local: Tensor) -> Tensor:
     return (global_ * 0).sum()
-
-
-def to_vector(parameters: Iterable[Tensor]) -> Vector:
-    """Join the values of parameters."""
-    parts = [parameter.detach().reshape(-1).double() for parameter in parameters]
-    return torch.cat(parts).cpu().numpy() if parts else numpy.zeros(0)
-
-
-@torch.no_grad()
-def set_vector(parameters: Iterable[Tensor], vector: Vector) -> None:
-    """Give parameters their parts of a vector, in place."""
-    start = 0
-    for parameter in parameters:
-        stop = start + parameter.numel()
-        parameter.copy_(torch.from_numpy(vector[start:stop]).reshape(parameter.shape))
-        start = stop

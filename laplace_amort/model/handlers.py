@@ -6,20 +6,21 @@ They trace nothing; :mod:`laplace_amort.model.log_joint` runs the model under th
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.runtime import _DIM_ALLOCATOR
+from pyro.poutine.runtime import _DIM_ALLOCATOR, am_i_wrapped
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions.transforms import Transform
 
 from laplace_amort.errors import ModelError
-from laplace_amort.model.sites import LatentSite, check_plate_sizes, log_abs_det, plates_of, transform_of
+from laplace_amort.model.sites import IDENTITY, LatentSite, check_plate_sizes, log_abs_det, plates_of, transform_of
 
 __all__ = [
     "Feed",
@@ -27,6 +28,7 @@ __all__ = [
     "SitePlates",
     "SubsampledPlate",
     "no_open_plates",
+    "sample_image",
     "subsampled_plates",
     "weight_context",
 ]
@@ -148,6 +150,31 @@ class SitePlates:
 
     def __exit__(self, *exc: Any) -> None:
         self.stack.__exit__(*exc)
+
+
+def sample_image(
+    site: LatentSite,
+    transform: Transform,
+    unconstrained: Tensor,
+    weight: AbstractContextManager[Any],
+    opened: dict[str, Any],
+) -> Tensor:
+    """In a guide: make a latent site the constrained image of its unconstrained value, and return that.
+
+    :param LatentSite site: of the model.
+    :param transform: onto its support.
+    :param Tensor unconstrained: of the shape of the site, with dimensions of enclosing plates on the left.
+    :param weight: the scale and the mask around the site.
+    :param dict opened: plates by name; those that are made here are added.
+    """
+    value = transform(unconstrained)
+    with SitePlates(site, opened):
+        with weight:
+            pyro.sample(site.name, dist.Delta(value, event_dim=site.constrained_event_dim))
+        if transform is not IDENTITY and am_i_wrapped():  # bare calls have no density to keep
+            log_jacobian = log_abs_det(transform, unconstrained, value, site.constrained_event_dim)
+            pyro.factor(f"{site.name}_log_jacobian", -log_jacobian, has_rsample=True)
+    return value
 
 
 @contextmanager

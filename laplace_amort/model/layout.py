@@ -11,7 +11,7 @@ from pyro.distributions.util import broadcast_shape
 from torch import Tensor
 
 from laplace_amort.errors import ModelError
-from laplace_amort.model.sites import LatentSite
+from laplace_amort.model.sites import LatentSite, element_names
 
 __all__ = ["UnitLayout", "find_layout"]
 
@@ -110,9 +110,13 @@ class UnitLayout:
         ]
         return torch.cat(parts, dim=-1)
 
-    def local_names(self) -> list[str]:
-        """Name of the site that each of the ``k`` coordinates of a unit belongs to."""
-        return [name for name, site in self.local_sites.items() for _ in range(self._rest(site).numel())]
+    def global_elements(self) -> list[str]:
+        """Name each of the ``d`` unconstrained elements of the globals, such as ``B[0, 1]``."""
+        return [element for name, site in self.global_sites.items() for element in element_names(name, site.shape)]
+
+    def local_elements(self) -> list[str]:
+        """Name each of the ``k`` unconstrained elements of a unit, such as ``slope[1]``."""
+        return [element for name, site in self.local_sites.items() for element in element_names(name, self._rest(site))]
 
     def unit_axis(self, name: str) -> int:
         """Return the axis of the units in the value of a local site."""

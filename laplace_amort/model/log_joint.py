@@ -15,23 +15,31 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.distributions.util import broadcast_shape
-from pyro.infer.autoguide.initialization import InitMessenger, init_to_mean, init_to_median
+from pyro.infer.autoguide.initialization import InitMessenger, init_to_mean
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.runtime import am_i_wrapped
 from torch import Tensor
 from torch.distributions.transforms import Transform
 
 from laplace_amort.errors import ModelError
 from laplace_amort.model import messages as model_errors
-from laplace_amort.model.handlers import Feed, Indices, SitePlates, no_open_plates, subsampled_plates, weight_context
+from laplace_amort.model.first_run import FirstRun
+from laplace_amort.model.handlers import (
+    Feed,
+    Indices,
+    no_open_plates,
+    sample_image,
+    subsampled_plates,
+    weight_context,
+)
+from laplace_amort.model.packing import Packing
 from laplace_amort.model.sites import (
     IDENTITY,
     LatentSite,
+    feasible,
     find_sites,
     init_to_zero,
-    log_abs_det,
     plates_of,
+    refuse_boundary,
     refuse_subsampled,
     subsample_scale_of,
     transform_of,
@@ -93,24 +101,23 @@ class LogJoint:
     def _set_up(
         self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], indices: Mapping[str, Tensor]
     ) -> None:
-        self.model = model
-        self.args = args
-        self.kwargs = kwargs
-        self.indices = dict(indices)
+        self.model, self.args, self.kwargs, self.indices = model, args, kwargs, dict(indices)
         handler = Indices(self.indices, strict=False)
-        # Any feasible point shows the sites; a draw from a vague prior might overflow the likelihood. What it draws on
-        # the way must not change the draws of a guide that makes its LogJoint in every call.
-        with torch.random.fork_rng(devices=[]):
-            trace = self._run(InitMessenger(init_to_zero), handler)
+        trace = self._run_at_zero(handler)
         self.sites = find_sites(trace)
+        self._packing = Packing(self.sites)
+        self.size = self._packing.size
         self.subsampled_plates = subsampled_plates(trace, handler.given)
-        self.size = sum(site.shape.numel() for site in self.sites.values())
         frames = [frame for node in trace.nodes.values() for frame in node.get("cond_indep_stack", ())]
         self.max_plate_nesting = max((-frame.dim for frame in frames if frame.dim is not None), default=0)
+        self._first_run = FirstRun(trace)
 
     def __repr__(self) -> str:
-        sites = ", ".join(f"{site.name} {tuple(site.shape)}" for site in self.sites.values())
-        return f"LogJoint of {self.size} unconstrained elements: {sites}"
+        return f"LogJoint of {self.size} unconstrained elements: {self._packing}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what was seen of a run, from copies too: their arguments may be others."""
+        return {**self.__dict__, "_first_run": None}
 
     def given(self, *args: Any, **kwargs: Any) -> LogJoint:
         """Return the same log joint for other arguments of the same sizes, without looking for its sites again."""
@@ -126,6 +133,8 @@ class LogJoint:
         """
         other = copy.copy(self)
         other.indices = {**self.indices, **indices}
+        if self._first_run is not None and self._first_run.had(indices):
+            other._first_run = self._first_run
         return other
 
     def __call__(self, *values: Any) -> Tensor:
@@ -144,8 +153,15 @@ class LogJoint:
 
         :raises ModelError: naming site, index and value.
         """
-        with torch.random.fork_rng(devices=[]):
-            model_errors.refuse_impossible_data(self._run(InitMessenger(init_to_zero)))
+        self._first().check_data()
+
+    def suspicious_data(self) -> str:
+        """Say which observed value lies outside the support of its distribution; nothing if none is seen to.
+
+        Where the log joint is minus infinity, this may tell why. It is a suspicion, and :meth:`check_data` is certain:
+        here, a support may depend on a latent, and is that of a single run.
+        """
+        return model_errors.outside_support(self._run_at_zero())
 
     def evaluate(self, unconstrained: Mapping[str, Tensor]) -> Tensor:
         """Evaluate the log joint density at unconstrained values of every site; like a call, without packing."""
@@ -180,9 +196,7 @@ class LogJoint:
 
     def _run_at(self, unconstrained: Mapping[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
         """Trace the model there; returns the log-Jacobians of the sites whose coordinates are others as well."""
-        feed = Feed(unconstrained, self.sites)
-        trace = self._run(feed)
-        self._refuse_change(feed.log_jacobians)
+        trace, feed = self._fed(unconstrained)
         others = {name: part for name, part in feed.log_jacobians.items() if feed.transforms[name] is not IDENTITY}
         return trace, others
 
@@ -207,13 +221,7 @@ class LogJoint:
 
     def pack(self, values: Mapping[str, Tensor]) -> Tensor:
         """Concatenate unconstrained values of all sites into a vector ``(D,)``, in the order of the sites."""
-        self._check_names(values)
-        for name, site in self.sites.items():
-            if values[name].shape != site.shape:
-                raise ModelError(
-                    f"site '{name}' has unconstrained shape {tuple(site.shape)}, got {tuple(values[name].shape)}"
-                )
-        return torch.cat([values[name].reshape(-1) for name in self.sites])
+        return self._packing.pack(values)
 
     def unpack(self, packed: Tensor) -> dict[str, Tensor]:
         """Split a packed ``(*, D)`` into unconstrained values per site.
@@ -221,25 +229,7 @@ class LogJoint:
         Leading dimensions are those of enclosing plates, such as Pyro's vectorized particles ``(P, 1)``; they broadcast
         against the batch shape of each site, so that a site of shape ``(N,)`` comes out as ``(P, N)``.
         """
-        if packed.shape[-1:] != (self.size,):
-            raise ModelError(
-                f"expected {self.size} unconstrained elements in the order "
-                f"{', '.join(f'{s.name} {tuple(s.shape)}' for s in self.sites.values())}; got shape "
-                f"{tuple(packed.shape)}"
-            )
-        values = {}
-        leading = packed.shape[:-1]
-        for name, site in self.sites.items():
-            plates = len(site.shape) - site.event_dim
-            if any(size != 1 for size in leading[max(len(leading) - plates, 0) :]):
-                raise ModelError(
-                    f"leading shape {tuple(leading)} of the packed values overlaps the batch shape "
-                    f"{tuple(site.shape[:plates])} of site '{name}'. Make room for it:\n"
-                    f"    packed.reshape({tuple(leading)} + (1,) * {plates} + (-1,))"
-                )
-            shape = broadcast_shape(site.shape, leading + (1,) * site.event_dim)
-            values[name] = packed[..., site.slice].reshape(shape)
-        return values
+        return self._packing.unpack(packed)
 
     def constrain(self, packed: Tensor) -> dict[str, Tensor]:
         """Return the constrained value of every site, for a packed ``(*, D)``; batched as by :meth:`unpack`."""
@@ -258,19 +248,14 @@ class LogJoint:
 
         :raises ModelError: if a value lies outside the support of its site, or on its boundary.
         """
-        self._check_names(values)
+        self._packing.check_names(values)
         transforms = self._fixed_transforms()
         if len(transforms) < len(self.sites):
-            trace: Any = self._run(poutine.condition(data=dict(values)))
-            self._refuse_change(name for name in self.sites if name in trace.nodes)
+            trace = self._run_whole(poutine.condition(data=dict(values)))
             transforms = {name: transform_of(trace.nodes[name]) for name in self.sites}
         unconstrained = {name: transforms[name].inv(values[name]) for name in self.sites}
         for name, value in unconstrained.items():
-            if not value.isfinite().all():
-                raise ModelError(
-                    f"the value of site '{name}' lies outside its support, or on its boundary: "
-                    f"{_first_not_finite(values[name], value)}. Did it overflow, or become NaN?"
-                )
+            refuse_boundary(name, values[name], value)
         return unconstrained
 
     def initial(self, init_loc_fn: Callable[..., Any] = init_to_mean) -> Tensor:
@@ -280,29 +265,22 @@ class LogJoint:
         the median of 15 draws: with a vague prior, somewhere else each time and far from anything. Where a mean does
         not exist, it is that median all the same.
         """
-        trace = self.prototype(init_loc_fn)
+        return self.packed_in(self.prototype(init_loc_fn))
+
+    def packed_in(self, trace: Any) -> Tensor:
+        """Return the packed ``(D,)`` at which a trace of the model was made, as :meth:`prototype` returns it."""
         return self.pack({n: transform_of(trace.nodes[n]).inv(trace.nodes[n]["value"]) for n in self.sites}).detach()
 
     def prototype(self, init_loc_fn: Callable[..., Any] = init_to_mean) -> Any:
         """Return a trace of the model at the start that :meth:`initial` gives."""
-
-        def init(site: Any) -> Tensor:
-            try:
-                value = init_loc_fn(site)
-                # The mean of a heavy tail is infinite, and Pyro takes it for a value.
-                return value if value.isfinite().all() else init_to_median(site)
-            except NotImplementedError:  # nothing to sample from: an improper prior
-                return init_to_zero(site)
-
-        trace = self._run(InitMessenger(init))
-        self._refuse_change(name for name in self.sites if name in trace.nodes)
-        return trace
+        return self._run_whole(InitMessenger(feasible(init_loc_fn)))
 
     def parameters(self) -> dict[str, Tensor]:
-        """Return the model's own parameters (``pyro.param``, weights of modules) by name: the unconstrained leaves."""
-        nodes: Any = self._run(InitMessenger(init_to_zero)).nodes
-        values = {name: node["value"].unconstrained() for name, node in nodes.items() if node["type"] == "param"}
-        return {name: value for name, value in values.items() if value.requires_grad}
+        """Return the model's own parameters (``pyro.param``, weights of modules) by name: the unconstrained leaves.
+
+        They are those of one run, which is made once.
+        """
+        return self._first().parameters()
 
     def log_jacobian(self, packed: Tensor) -> Tensor:
         r"""Return :math:`\log|\partial x/\partial u|` at a packed ``(D,)``, a scalar; without subsampling factors."""
@@ -356,28 +334,9 @@ class LogJoint:
         weights = self._weights(unconstrained)
         values = {}
         for name, site in self.sites.items():
-            value = transforms[name](unconstrained[name])
-            with SitePlates(site, opened):
-                # Weights are nothing to a Delta, but TraceMeanField_ELBO scales and masks the model's density by them.
-                with weights[name]:
-                    pyro.sample(name, dist.Delta(value, event_dim=site.constrained_event_dim))
-                if transforms[name] is not IDENTITY and am_i_wrapped():  # bare calls have no density to keep
-                    log_jacobian = log_abs_det(transforms[name], unconstrained[name], value, site.constrained_event_dim)
-                    pyro.factor(f"{name}_log_jacobian", -log_jacobian, has_rsample=True)
-            values[name] = value
+            # Weights are nothing to a Delta, but TraceMeanField_ELBO scales and masks the model's density by them.
+            values[name] = sample_image(site, transforms[name], unconstrained[name], weights[name], opened)
         return values
-
-    def _check_names(self, values: Mapping[str, Tensor]) -> None:
-        missing = [name for name in self.sites if name not in values]
-        unknown = [name for name in values if name not in self.sites]
-        if missing or unknown:
-            raise ModelError(f"expected a value for each of {list(self.sites)}; missing {missing}, unknown {unknown}")
-
-    def _refuse_change(self, found: Iterable[str]) -> None:
-        """Refuse a run of the model that had other latent sites than those found at set-up."""
-        changed = sorted(set(found) ^ set(self.sites))
-        if changed:
-            raise ModelError(f"the latent sites of the model changed between runs: {changed}; they must be fixed")
 
     def _fixed_transforms(self) -> dict[str, Transform]:
         """The transforms of the sites whose support depends on no other latent."""
@@ -388,22 +347,44 @@ class LogJoint:
         if len(known) == len(self.sites):
             return known
         # A support that depends on other latents, such as Uniform(0, theta), is known only once they are.
-        feed = Feed(unconstrained, self.sites)
-        self._run(feed)
-        self._refuse_change(feed.log_jacobians)
-        return {name: known.get(name, feed.transforms[name]) for name in self.sites}
+        transforms = self._fed(unconstrained)[1].transforms
+        return {name: known.get(name, transforms[name]) for name in self.sites}
 
     def _weights(self, unconstrained: Mapping[str, Tensor]) -> dict[str, AbstractContextManager[Any]]:
         """The ``poutine.scale`` and ``poutine.mask`` that the model has around each site, to enter once."""
         if not any(site.weighted for site in self.sites.values()):
             return {name: nullcontext() for name in self.sites}
-        nodes: Any = self._run(Feed(unconstrained, self.sites)).nodes
-        self._refuse_change(name for name in self.sites if name in nodes)
+        nodes = self._fed(unconstrained)[0].nodes
         # The plates that the guide opens bring their own share of the scale.
         return {
             name: weight_context(nodes[name]["scale"] / subsample_scale_of(plates_of(nodes[name])), nodes[name]["mask"])
             for name in self.sites
         }
+
+    def _first(self) -> FirstRun:
+        """Return what a run for these arguments shows: that of set-up, or another if they are others."""
+        if self._first_run is None:
+            self._first_run = FirstRun(self._run_at_zero())
+        return self._first_run
+
+    def _run_at_zero(self, indices: Indices | None = None) -> Any:
+        """Trace the model at a point that is always feasible; a draw from a vague prior might overflow the likelihood.
+
+        What is drawn on the way must not change the draws of a guide that makes its LogJoint in every call.
+        """
+        with torch.random.fork_rng(devices=[]):
+            return self._run(InitMessenger(init_to_zero), indices)
+
+    def _fed(self, unconstrained: Mapping[str, Tensor]) -> tuple[Any, Feed]:
+        """Trace the model at unconstrained values; returns transforms and log-Jacobians as well."""
+        feed = Feed(unconstrained, self.sites)
+        return self._run_whole(feed), feed
+
+    def _run_whole(self, handler: Messenger) -> Any:
+        """Trace the model, and refuse a run that left out latent sites."""
+        trace: Any = self._run(handler)
+        self._packing.refuse_change(name for name in self.sites if name in trace.nodes)
+        return trace
 
     def _run(self, handler: Messenger, indices: Indices | None = None) -> poutine.Trace:
         """Trace one run of the model under ``handler``, hidden from every handler outside."""
@@ -418,11 +399,3 @@ class LogJoint:
                 if explained is None:
                     raise
                 raise explained from error
-
-
-def _first_not_finite(constrained: Tensor, unconstrained: Tensor) -> str:
-    """Say what the value is where its unconstrained image is not finite; an event may have another shape there."""
-    index = (~unconstrained.isfinite()).nonzero()[0].tolist()
-    if constrained.shape != unconstrained.shape:
-        return f"one of its elements is {constrained.flatten().tolist()[:4]}"
-    return f"it is {constrained[tuple(index)].item():.4g}" + (f" at index {index}" if index else "")

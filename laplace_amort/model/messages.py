@@ -8,13 +8,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from laplace_amort.errors import LaplaceAmortError, ModelError
-from laplace_amort.model.sites import is_fixed
+from laplace_amort.model.sites import is_fixed, layers_of
 
-__all__ = ["arguments_of", "of_density", "of_run", "refuse_impossible_data"]
+__all__ = ["arguments_of", "of_density", "of_run", "outside_support", "refuse_impossible_data"]
 
 # How torch says that an operation got tensors of two dtypes.
 _DTYPES = re.compile(r"\bdtype|scalar type|can't be cast|bool tensor", re.IGNORECASE)
@@ -125,9 +126,7 @@ def refuse_impossible_data(trace: Any) -> None:
     :param trace: of a run of the model, with supports that may depend on latents; these are left alone.
     :raises ModelError: naming site, index and value.
     """
-    for node in trace.nodes.values():
-        if node["type"] != "sample" or not node["is_observed"] or site_is_subsample(node):
-            continue
+    for node in _observed(trace):
         name, value, fn = node["name"], node["value"], node["fn"]
         if not isinstance(value, Tensor):
             if hasattr(value, "__array__"):
@@ -144,14 +143,43 @@ def refuse_impossible_data(trace: Any) -> None:
             raise _impossible(name, kind, fn, value, allowed.broadcast_to(value.shape))
 
 
+def outside_support(trace: Any) -> str:
+    """Say which observed value lies outside the support that its distribution has in a run; nothing if none does.
+
+    It is no more than a suspicion: a support may depend on a latent, whose value in this run is one of many.
+
+    :param trace: of the run.
+    """
+    for node in _observed(trace):
+        if node["mask"] is not None and node["mask"] is not True:
+            continue
+        try:
+            inside = node["fn"].support.check(node["value"])
+        except (AttributeError, NotImplementedError, RuntimeError, ValueError):  # it has no support to speak of
+            continue
+        outside = torch.nonzero(~torch.as_tensor(inside)).tolist()
+        if outside:
+            value, index = torch.as_tensor(node["value"]), outside[0]
+            value = value[tuple(index)] if len(index) == value.dim() else value  # not of vectors
+            return (
+                f"Site '{node['name']}' observes {value.tolist()} at {index} (counted from 0), which is outside the "
+                f"support of its {type(node['fn']).__name__}; {len(outside)} such in all"
+            )
+    return ""
+
+
+def _observed(trace: Any) -> list[Any]:
+    nodes = [node for node in trace.nodes.values() if node["type"] == "sample" and node["is_observed"]]
+    return [node for node in nodes if not site_is_subsample(node)]
+
+
 def _allowed(fn: Any, value: Tensor) -> tuple[Tensor, str]:
     """Whether each element is possible, and what the distribution is called."""
     finite = ~value.isnan() if value.is_floating_point() else torch.ones_like(value, dtype=torch.bool)
-    while type(fn).__name__ == "Independent":
-        fn = fn.base_dist
-    validates = getattr(fn, "_validate_args", False)
-    if type(fn).__name__ == "MaskedDistribution":
+    *wrappers, fn = layers_of(fn)
+    if any(isinstance(wrapper, MaskedDistribution) for wrapper in wrappers):
         return torch.ones_like(finite), type(fn).__name__
+    validates = getattr(fn, "_validate_args", False)
     # Bounds of integers are data, of real numbers they may be latents.
     fixed = getattr(fn, "support", None) if validates and not fn.event_dim else None
     if fixed is not None and (fixed.is_discrete or is_fixed(fixed)):

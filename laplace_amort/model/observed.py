@@ -11,7 +11,7 @@ from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from laplace_amort.model.sites import init_to_zero, plates_of
+from laplace_amort.model.sites import init_to_zero, plates_of, undressed
 from laplace_amort.model.unit_model import UnitModel
 
 __all__ = ["ObservedSite", "observed_sites", "with_data_drawn"]
@@ -46,7 +46,7 @@ def observed_sites(model: UnitModel) -> dict[str, ObservedSite]:
         if node["type"] != "sample" or not node["is_observed"] or site_is_subsample(node):
             continue
         fn, value = node["fn"], torch.as_tensor(node["value"])
-        kind = _unwrapped(fn)
+        kind = undressed(fn)
         if isinstance(kind, dist.Unit):
             continue
         deterministic = isinstance(kind, dist.Delta)  # also where a reparameterization made it
@@ -55,12 +55,6 @@ def observed_sites(model: UnitModel) -> dict[str, ObservedSite]:
         event_dim = fn.event_dim if value.shape == fn.shape() else 0
         found[name] = ObservedSite(name, value.detach(), plates_of(node), event_dim, deterministic)
     return found
-
-
-def _unwrapped(fn: Any) -> Any:
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    return fn
 
 
 def with_data_drawn(model: Callable[..., Any]) -> Callable[..., Any]:
@@ -73,5 +67,5 @@ class _Uncondition(UnconditionMessenger):
     """As ``poutine.uncondition``, but not for functions of latents: Pyro would draw these anew in every plate."""
 
     def _pyro_sample(self, msg: Any) -> None:
-        if not isinstance(_unwrapped(msg["fn"]), dist.Delta):
+        if not isinstance(undressed(msg["fn"]), dist.Delta):
             super()._pyro_sample(msg)

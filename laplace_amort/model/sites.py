@@ -5,12 +5,15 @@ Reads the nodes of traces that :mod:`laplace_amort.model.log_joint` makes; trace
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import pyro.distributions
 import torch
+from pyro.distributions.torch_distribution import MaskedDistribution
+from pyro.infer.autoguide.initialization import init_to_median
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to, constraints
@@ -22,17 +25,23 @@ __all__ = [
     "IDENTITY",
     "LatentSite",
     "check_plate_sizes",
+    "element_names",
+    "feasible",
     "find_sites",
     "init_to_zero",
     "is_fixed",
+    "layers_of",
     "log_abs_det",
     "plates_of",
+    "refuse_boundary",
     "refuse_subsampled",
     "subsample_scale_of",
     "transform_of",
+    "undressed",
 ]
 
 IDENTITY = biject_to(constraints.real)
+_WRAPPERS = torch.distributions.Independent, MaskedDistribution, pyro.distributions.ExpandedDistribution
 
 
 @dataclass(frozen=True)
@@ -71,6 +80,35 @@ class LatentSite:
         return subsample_scale_of(self.plates)
 
 
+def element_names(name: str, shape: Sequence[int]) -> list[str]:
+    """Name the elements of a site in the order in which they are stored.
+
+    :param str name: of the site.
+    :param shape: of its value.
+
+    Example::
+
+        >>> element_names("tau", ()), element_names("beta", (2,)), element_names("L", (1, 2))
+        (['tau'], ['beta[0]', 'beta[1]'], ['L[0, 0]', 'L[0, 1]'])
+    """
+    if not shape:
+        return [name]
+    return [f"{name}[{', '.join(map(str, index))}]" for index in itertools.product(*map(range, shape))]
+
+
+def layers_of(fn: Any) -> list[Any]:
+    """Return a distribution and what it wraps by ``to_event``, ``expand`` and ``mask``, the plain one last."""
+    layers = [fn]
+    while isinstance(layers[-1], _WRAPPERS):
+        layers.append(layers[-1].base_dist)
+    return layers
+
+
+def undressed(fn: Any) -> Any:
+    """Return the plain distribution in a wrapped one: without ``to_event``, ``expand`` and ``mask``."""
+    return layers_of(fn)[-1]
+
+
 def init_to_zero(site: Any) -> Tensor:
     """The image of zero, which is feasible; also where Pyro's own strategies give up."""
     _refuse_unless_continuous(site)
@@ -80,6 +118,20 @@ def init_to_zero(site: Any) -> Tensor:
     except NotImplementedError:
         like = torch.zeros(())
     return transform(like.new_zeros(transform.inverse_shape(site["fn"].shape())))
+
+
+def feasible(init_loc_fn: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
+    """Return one of Pyro's ``init_to_*`` strategies, mended where it has no value, or one that is not finite."""
+
+    def init(site: Any) -> Tensor:
+        try:
+            value = init_loc_fn(site)
+            # The mean of a heavy tail is infinite, and Pyro takes it for a value.
+            return value if value.isfinite().all() else init_to_median(site)
+        except NotImplementedError:  # nothing to sample from: an improper prior
+            return init_to_zero(site)
+
+    return init
 
 
 def find_sites(trace: Any) -> dict[str, LatentSite]:
@@ -168,6 +220,21 @@ def log_abs_det(transform: Transform, value: Tensor, constrained: Tensor, event_
     log_jacobian = transform.log_abs_det_jacobian(value, constrained)
     surplus = log_jacobian.dim() - (constrained.dim() - event_dim)
     return log_jacobian.sum(tuple(range(-surplus, 0))) if surplus else log_jacobian
+
+
+def refuse_boundary(name: str, constrained: Tensor, unconstrained: Tensor) -> None:
+    """Refuse a constrained value whose unconstrained image is not finite."""
+    if unconstrained.isfinite().all():
+        return
+    index = (~unconstrained.isfinite()).nonzero()[0].tolist()
+    if constrained.shape == unconstrained.shape:
+        said = f"it is {constrained[tuple(index)].item():.4g}" + (f" at index {index}" if index else "")
+    else:  # an event may have another shape there
+        said = f"one of its elements is {constrained.flatten().tolist()[:4]}"
+    raise ModelError(
+        f"the value of site '{name}' lies outside its support, or on its boundary: {said}. "
+        "Did it overflow, or become NaN?"
+    )
 
 
 def plates_of(node: Any) -> tuple[Any, ...]:

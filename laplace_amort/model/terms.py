@@ -3,8 +3,22 @@ r"""The log joint of a Pyro model, taken apart into a term for each unit and a r
 .. math:: f(\theta, y) = g(\theta) + \sum_i h_i(\theta, y_i), \qquad h_i = \log p(y_i, z_i \mid \theta).
 
 What lies in the plate of the units belongs to the unit of its index. What lies outside, such as an observation of
-``y[county]``, belongs to the unit that its derivative is in: where the derivative in unit i is taken i times, that of a
-term tells which it was. Whatever is found so, and whatever lies in the plate, is checked by random numbers.
+``y[county]``, belongs to the unit that its derivative is in. **Which unit that is, two derivatives tell: the number of
+each unit is written into the length that a direction has there, and read back as the ratio of the derivative along it
+to that along a direction which has the same length everywhere.** Three units, numbered 0, 1, 2, and three terms:
+
+=====================  =============  =============  =======  ======================
+term                   along (1,1,1)  along (1,2,3)  ratio    so it belongs to
+=====================  =============  =============  =======  ======================
+:math:`-y_2^2/2`       :math:`-y_2`   :math:`-3y_2`  3        the unit of number 2
+:math:`y_0 + y_1`      2              3              1.5      several: no whole number
+:math:`\theta`         0              0              none     no unit: shared
+=====================  =============  =============  =======  ======================
+
+A ratio has rounding errors, in which the numbers of many units would drown. So a number is written as two digits of a
+base near the root of the number of units, each into a direction of its own. Terms of several units may give whole
+numbers by chance; so whatever is found, and whatever lies in the plate, is checked by directions of random lengths:
+the derivative of a term must be multiplied by the factor of its own unit.
 """
 
 from __future__ import annotations
@@ -12,14 +26,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from laplace_amort.autodiff import SeparableDensity, nearby, record
 from laplace_amort.errors import RecordingError, StructureError
-from laplace_amort.model.unit_model import UnitModel
+from laplace_amort.model.unit_model import Terms, UnitModel
 from laplace_amort.types import Density
 
 __all__ = ["separated", "unit_owners", "unit_terms"]
@@ -38,7 +51,8 @@ _AGAIN, _POWERS = 12, 4
 def unit_terms(model: UnitModel, global_: Tensor, local: Tensor) -> SeparableDensity:
     """Take the log joint of a model apart, whatever its observations are indexed by.
 
-    It costs four runs of the model, with five reverse passes each, and two recordings.
+    It costs four evaluations of the terms, with five reverse passes each, and two recordings. Of a model that is
+    recorded, all are evaluations of the recording.
 
     Do not use it where an observation depends on two units: these have no densities of their own. Nor for a factor that
     is the sum of all units' terms: leave the sum to Pyro.
@@ -64,27 +78,10 @@ def separated(model: UnitModel, owners: list[Tensor]) -> SeparableDensity:
     return SeparableDensity(functools.partial(_shared, model, owners), functools.partial(_units, model, owners))
 
 
-class _Terms(NamedTuple):
-    """The terms of one site, flat, or summed to one of each unit.
-
-    :param str name: of the site.
-    :param bool inside: whether the site is in the plate of the units, so that there are ``N`` in order.
-    :param Tensor values: ``(n,)``.
-    """
-
-    name: str
-    inside: bool
-    values: Tensor
-
-
-def _terms(model: UnitModel, global_: Tensor, local: Tensor) -> list[_Terms]:
-    frame, found = model.layout.frame, []
-    for name, plates, values in model.terms(global_, local):
-        inside = any(plate.name == frame.name for plate in plates)
-        inside = inside and values.dim() >= -frame.dim and values.shape[frame.dim] == len(local)
-        values = values.movedim(frame.dim, 0).reshape(len(local), -1).sum(-1) if inside else values.reshape(-1)
-        found.append(_Terms(name, inside, values.to(local.dtype)))  # data of another dtype make theirs another
-    return found
+def _terms(model: UnitModel, global_: Tensor, local: Tensor) -> list[Terms]:
+    """The terms in the dtype of the latents: data of another make theirs another."""
+    found = model.flat_terms(global_, local)
+    return [terms._replace(values=terms.values.to(local.dtype)) for terms in found]
 
 
 def _shared(model: UnitModel, owners: list[Tensor], global_: Tensor, local: Tensor) -> Tensor:
@@ -114,31 +111,32 @@ def unit_owners(model: UnitModel, global_: Tensor, local: Tensor) -> list[Tensor
 
     See :func:`unit_terms`, which lists what is raised.
     """
-    global_, local = global_.detach(), local.detach()
-    num_units = len(local)
-    # Other numbers for each share: one that is nearly zero must not leave a unit where it is at every point.
-    points = [(nearby(global_, share, 2 * i), nearby(local, share, 2 * i + 1)) for i, share in enumerate(_PROBES)]
-    # The start may be far away.
-    points.append((nearby(global_, _PROBES[0]), nearby(torch.zeros_like(local), _FROM_ZERO)))
-    probes = [_Probe(model, *point, seed) for seed, point in enumerate(points)]
+    probes = [_Probe(model, *point, seed) for seed, point in enumerate(_points(global_, local))]
+    # Each term is read where its derivative is largest.
     found, largest = probes[0].owner(), probes[0].size
     for probe in probes[1:]:
-        better = probe.size > largest
-        found, largest = torch.where(better, probe.owner(), found), torch.maximum(largest, probe.size)
-    inside = torch.cat(
+        found = torch.where(probe.size > largest, probe.owner(), found)
+        largest = torch.maximum(largest, probe.size)
+    owner = torch.cat(
         [
-            torch.arange(num_units, device=local.device) if terms.inside else torch.full_like(terms.values, -1).long()
-            for terms in probes[0].terms
+            torch.arange(len(local), device=local.device) if terms.inside else read
+            for terms, read in zip(probes[0].terms, found.split(probes[0].lengths), strict=True)
         ]
     )
-    owner = torch.where(inside >= 0, inside, found)
     for probe in probes:
         probe.check(owner, largest)
-    return list(owner.split([len(terms.values) for terms in probes[0].terms]))
+    return list(owner.split(probes[0].lengths))
+
+
+def _points(global_: Tensor, local: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Where to probe: other numbers for each share, so that one which is nearly zero hides no unit at every point."""
+    points = [(nearby(global_, share, 2 * i), nearby(local, share, 2 * i + 1)) for i, share in enumerate(_PROBES)]
+    beside_zero = nearby(global_, _PROBES[0]), nearby(torch.zeros_like(local), _FROM_ZERO)  # the start may be far away
+    return [*points, beside_zero]
 
 
 class _Probe:
-    """Derivatives of all terms in the latents of the units at one point.
+    """Derivatives of all terms at one point, along directions that differ by their lengths in the units.
 
     :param UnitModel model: the model.
     :param Tensor global_: ``(d,)``.
@@ -149,36 +147,40 @@ class _Probe:
     def __init__(self, model: UnitModel, global_: Tensor, local: Tensor, seed: int = 0) -> None:
         self.model, self.num_units = model, len(local)
         with torch.enable_grad():
-            self.local = local.clone().requires_grad_()
-            self.terms = _terms(model, global_, self.local)
+            self.local = local.detach().clone().requires_grad_()
+            self.terms = _terms(model, global_.detach(), self.local)
             values = torch.cat([terms.values for terms in self.terms])
-            self.pull = torch.zeros_like(values, requires_grad=True)
-            gradient = None
+            # The gradient of a weighted sum of the terms is linear in the weights. A second pass back, from the
+            # gradient to the weights, gives the derivative of every term along one direction.
+            self.weights = torch.zeros_like(values, requires_grad=True)
+            self.gradient: Tensor | None = None
             if values.requires_grad:
-                (gradient,) = torch.autograd.grad(values, self.local, self.pull, create_graph=True, allow_unused=True)
-            self.gradient = gradient
+                (self.gradient,) = torch.autograd.grad(
+                    values, self.local, self.weights, create_graph=True, allow_unused=True
+                )
+        self.lengths = [len(terms.values) for terms in self.terms]
         self.generator = torch.Generator().manual_seed(seed)
-        self.coordinates, self.units = self._random(local.shape[1]), self._random(len(local))
-        self.along = self._along(self.units)
-        self.size = self.along.abs()
+        # Random numbers in place of the ones of the example above, so that derivatives do not cancel.
+        self.coordinates, self.plain = self._random(local.shape[1]), self._random(len(local))
+        self.along_plain = self._along(self.plain)
+        self.size = self.along_plain.abs()
 
     def owner(self) -> Tensor:
-        """The unit of each term, N where there is no derivative, and -1 where there seem to be several."""
-        side = math.isqrt(max(self.num_units - 1, 0)) + 1  # so that a unit is two small numbers
-        index = torch.arange(self.num_units, device=self.local.device)
+        """Read the unit of each term; N where there is no derivative, and -1 where there seem to be several."""
+        base = math.isqrt(max(self.num_units - 1, 0)) + 1
+        number = torch.arange(self.num_units, device=self.local.device)
+        first, second = self._read(number // base, base), self._read(number % base, base)
+        clear = (first >= 0) & (second >= 0)
+        found = torch.where(clear, first * base + second, -1).clamp(max=self.num_units - 1)
         seen = self.size > 0  # where there is no way back to a unit, the derivative is exactly zero
-        digits = []
-        for digit in (index // side, index % side):
-            ratio = self._along(self.units * (1 + digit)) / self.along.where(seen, torch.ones_like(self.along)) - 1
-            whole = (ratio - ratio.round()).abs() < _WHOLE
-            digits.append(torch.where(whole & (ratio > -0.5) & (ratio < side), ratio.round().nan_to_num(), -1).long())
-        clear = (digits[0] >= 0) & (digits[1] >= 0)
-        found = torch.where(clear, digits[0] * side + digits[1], -1).clamp(max=self.num_units - 1)
-        return torch.where(seen & (clear | ~self.is_rounding()), found, self.num_units)
+        return torch.where(seen & (clear | ~self._is_rounding()), found, self.num_units)
 
-    def is_rounding(self) -> Tensor:
-        """Whether a derivative is so small that it may be what is left of terms that cancel, ``(n,)``."""
-        return self.size <= self.size.max() * torch.finfo(self.size.dtype).eps ** _NONE
+    def _read(self, digits: Tensor, base: int) -> Tensor:
+        """Write a digit into each unit, and read that of each term, ``(n,)``; -1 where it is no digit."""
+        written = self._along(self.plain * (1 + digits))
+        ratio = written / self.along_plain.where(self.size > 0, torch.ones_like(written)) - 1
+        is_digit = ((ratio - ratio.round()).abs() < _WHOLE) & (ratio > -0.5) & (ratio < base)
+        return torch.where(is_digit, ratio.round().nan_to_num(), -1).long()
 
     def check(self, owner: Tensor, size: Tensor | None = None) -> None:
         """Compare derivatives along other directions with what they are if every term depends on its owner alone.
@@ -187,40 +189,47 @@ class _Probe:
         :param Tensor size: of the derivative of each term where that is not small by chance; by default, as it is here.
         :raises StructureError: naming a term that depends on another unit.
         """
-        wrong = (owner < 0) | self._differs(owner, size, self._random(self.num_units) / self.units)
+        several = owner < 0
+        wrong = several | self._differs(owner, size, self._random(self.num_units) / self.plain)
         if not wrong.any():
             return
         # What a derivative is the difference of may be large beside it, and has rounding errors that nothing here knows
         # the size of. But where all that a term depends on is multiplied by a power of two, so are these.
-        differs = owner < 0
+        differs = several
         for _ in range(_AGAIN):
             powers = torch.randint(-_POWERS, _POWERS + 1, (self.num_units,), generator=self.generator)
             differs = differs | self._differs(owner, size, (2.0**powers).to(self.local))
         if (wrong & differs).any():
-            self._raise(int((wrong & differs).nonzero()[0]))
+            raise self._refusal(int((wrong & differs).nonzero()[0]))
 
-    def _differs(self, owner: Tensor, size: Tensor | None, ratio: Tensor) -> Tensor:
-        """Which derivatives are not multiplied by that of their owner where each unit's direction is by a ratio."""
-        found = self._along(self.units * ratio)
-        expected = torch.cat([ratio, ratio.new_zeros(1)])[owner.clamp(min=0)] * self.along
+    def _differs(self, owner: Tensor, size: Tensor | None, factors: Tensor) -> Tensor:
+        """Whether each derivative is not multiplied by the factor of its owner where lengths are by those of all."""
+        found = self._along(self.plain * factors)
+        of_none = factors.new_zeros(1)
+        expected = torch.cat([factors, of_none])[owner.clamp(min=0)] * self.along_plain
         eps = torch.finfo(found.dtype).eps
         # What a derivative is the difference of, near its zero, has rounding errors of its own.
         allowed = eps**_OFF * (found.abs() + expected.abs()) + eps**_CANCELLED * (self.size if size is None else size)
         same = (found - expected).abs() <= allowed
-        return ~(same | (self.is_rounding() & (owner == self.num_units)))
+        return ~(same | (self._is_rounding() & (owner == self.num_units)))
 
-    def _along(self, units: Tensor) -> Tensor:
-        """The derivative of each term along a direction that is the same in every unit but for its length."""
+    def _is_rounding(self) -> Tensor:
+        """Whether a derivative is so small that it may be what is left of terms that cancel, ``(n,)``."""
+        return self.size <= self.size.max() * torch.finfo(self.size.dtype).eps ** _NONE
+
+    def _along(self, lengths: Tensor) -> Tensor:
+        """The derivative of each term ``(n,)`` along a direction that has these lengths ``(N,)`` in the units."""
         if self.gradient is None or not self.gradient.requires_grad:
-            return torch.zeros_like(self.pull)
-        direction = units.unsqueeze(-1) * self.coordinates
-        (found,) = torch.autograd.grad(self.gradient, self.pull, direction, retain_graph=True)
+            return torch.zeros_like(self.weights)
+        direction = lengths.unsqueeze(-1) * self.coordinates
+        (found,) = torch.autograd.grad(self.gradient, self.weights, direction, retain_graph=True)
         return found.detach().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)  # an overflow says nothing
 
     def _random(self, size: int) -> Tensor:
         return (1 + torch.rand(size, generator=self.generator, dtype=torch.float64)).to(self.local)
 
-    def _raise(self, index: int) -> None:
+    def _refusal(self, index: int) -> StructureError:
+        """What to raise for a term, by its number among those of all sites."""
         for terms in self.terms:
             if index < len(terms.values):
                 break
@@ -230,12 +239,12 @@ class _Probe:
         names = " and ".join(self.model.describe(unit) for unit in units[:2])
         where = f"element {index}" if len(terms.values) > 1 else "the only element"
         if len(units) == 1:
-            raise StructureError(
+            return StructureError(
                 f"{where} of site '{terms.name}' depends on {names} alone, but its derivative along two directions "
                 f"differs by more than {self.local.dtype} should lose by rounding. Take more digits:\n"
                 "    torch.set_default_dtype(torch.float64)"
             )
-        raise StructureError(
+        return StructureError(
             f"{where} of site '{terms.name}' depends on {len(units)} units, {names}, so that these have no densities "
             "of their own. Is it a sum over units? Leave the sum to Pyro:\n"
             f"    with pyro.plate('{self.model.layout.frame.name}', {self.num_units}):\n"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyro
 import torch
@@ -16,7 +16,31 @@ from laplace_amort.model.handlers import SubsampledPlate
 from laplace_amort.model.layout import UnitLayout, find_layout
 from laplace_amort.model.log_joint import LogJoint
 
-__all__ = ["UnitModel", "UnitModels"]
+__all__ = ["Terms", "UnitModel", "UnitModels"]
+
+
+class Terms(NamedTuple):
+    """The terms of the log joint that a site brings, in one row.
+
+    :param str name: of the site.
+    :param bool inside: whether the site is in the plate of the units, so that there is one for each unit, in order.
+    :param Tensor values: ``(n,)``.
+    """
+
+    name: str
+    inside: bool
+    values: Tensor
+
+
+class _RecordedTerms(NamedTuple):
+    """Terms of which sites there are, and the recording of their values; a class, so that it can be pickled."""
+
+    kinds: list[tuple[str, bool]]
+    parts: Callable[[Tensor, Tensor], tuple[Tensor, ...]]
+
+    def __call__(self, global_: Tensor, local: Tensor) -> list[Terms]:
+        values = self.parts(global_, local)
+        return [Terms(*kind, part) for kind, part in zip(self.kinds, values, strict=True)]
 
 
 class UnitModel:
@@ -34,22 +58,43 @@ class UnitModel:
         self.layout = layout
         self.units = units
         self.recording: Recording | None = None
+        self._recorded_terms: _RecordedTerms | None = None
 
     def recorded(self, global_: Tensor, local: Tensor) -> UnitModel:
         """Return the same model as a recording of its tensor operations, for many evaluations with the same data.
+
+        The terms are what is recorded, by three runs of the model; their sum is recorded from these.
 
         :param Tensor global_: where to record, ``(d,)``.
         :param Tensor local: ``(N, k)``.
         :raises RecordingError: if it cannot be recorded; see :func:`~laplace_amort.autodiff.recording.record`.
         """
         other = copy.copy(self)
-        other.recording = record(self.log_joint, global_, local)
+        other._recorded_terms = self._record_terms(global_, local)
+        other.recording = record(other._sum_of_terms, global_, local)
         return other
+
+    def _record_terms(self, global_: Tensor, local: Tensor) -> _RecordedTerms:
+        found: list[Terms] = []
+
+        def joined(global_: Tensor, local: Tensor) -> Tensor:
+            found[:] = self.flat_terms(global_, local)
+            return torch.cat([terms.values for terms in found])
+
+        parts = record(joined, global_, local).parts()
+        kinds = [(terms.name, terms.inside) for terms in found]
+        return _RecordedTerms(kinds, parts)
+
+    def _sum_of_terms(self, global_: Tensor, local: Tensor) -> Tensor:
+        total, *others = (terms.values.sum() for terms in self.flat_terms(global_, local))
+        for other in others:
+            total = total + other
+        return total
 
     def live(self) -> UnitModel:
         """Return the same model as runs of its Python."""
         other = copy.copy(self)
-        other.recording = None
+        other.recording = other._recorded_terms = None
         return other
 
     @property
@@ -74,6 +119,24 @@ class UnitModel:
         """Return the terms that the log joint is the sum of, by site, from a run; see :meth:`LogJoint.terms`."""
         with pyro.validation_enabled(False):
             return self.density.terms(self.layout.to_sites(global_, local))
+
+    def flat_terms(self, global_: Tensor, local: Tensor) -> list[Terms]:
+        """Return the terms that the log joint is the sum of, one for each unit where a site is in its plate.
+
+        :param Tensor global_: ``(d,)``.
+        :param Tensor local: ``(N, k)``.
+        """
+        if self._recorded_terms is not None:
+            return self._recorded_terms(global_, local)
+        return [self._flat(*site, len(local)) for site in self.terms(global_, local)]
+
+    def _flat(self, name: str, plates: tuple[Any, ...], values: Tensor, num_units: int) -> Terms:
+        frame = self.layout.frame
+        inside = any(plate.name == frame.name for plate in plates)
+        if not (inside and values.dim() >= -frame.dim and values.shape[frame.dim] == num_units):
+            return Terms(name, False, values if values.dim() == 1 else values.reshape(-1))
+        others = [axis for axis in range(-values.dim(), 0) if axis != frame.dim]
+        return Terms(name, True, values.sum(others) if others else values)
 
     def constrain_global(self, global_: Tensor) -> dict[str, Tensor]:
         """Return the constrained values of the global sites, by name."""
@@ -113,7 +176,11 @@ class UnitModel:
 
     def start(self, init_loc_fn: Callable[..., Any]) -> tuple[Tensor, Tensor]:
         """Return globals and units at the start that one of Pyro's ``init_to_*`` strategies gives."""
-        return self.layout.from_sites(self.density.unpack(self.density.initial(init_loc_fn)))
+        return self.start_in(self.density.prototype(init_loc_fn))
+
+    def start_in(self, trace: Any) -> tuple[Tensor, Tensor]:
+        """Return globals and units at which a trace of the model was made."""
+        return self.layout.from_sites(self.density.unpack(self.density.packed_in(trace)))
 
     def check_deterministic(self, global_: Tensor, local: Tensor) -> None:
         """Evaluate twice at one point.

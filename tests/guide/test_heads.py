@@ -208,7 +208,7 @@ def test_one_pass_at_a_time_gives_the_same(monkeypatch):
         return [curvature, *torch.autograd.grad(curvature.logdet(), point)]
 
     together = value_and_gradients()
-    monkeypatch.setattr(sys.modules["laplace_amort.autodiff.structure"], "_TOGETHER", 0)
+    monkeypatch.setattr(sys.modules["laplace_amort.autodiff.derivatives"], "_TOGETHER", 0)
     for actual, expected in zip(value_and_gradients(), together, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
 

@@ -37,7 +37,7 @@ def test_choice_and_sizes(name):
     assert (layout.frame.name, layout.weight) == (case.unit_plate, 1)
     assert (layout.global_dim, layout.num_units, layout.local_dim) == (case.global_dim, case.num_units, case.local_dim)
     assert (tuple(layout.global_sites), tuple(layout.local_sites)) == (case.global_sites, case.local_sites)
-    assert len(layout.local_names()) == case.local_dim
+    assert len(layout.local_elements()) == len(set(layout.local_elements())) == case.local_dim
 
 
 @pytest.mark.parametrize("name", UNIT_MODELS)
@@ -52,8 +52,8 @@ def test_elements_go_where_counting_puts_them(name):
     assert torch.equal(back[0], global_)
     assert torch.equal(back[1], local)
     # Each coordinate of a unit is of the site that it is named after.
-    for coordinate, site in enumerate(layout.local_names()):
-        assert torch.isin(local[:, coordinate], sites[site].reshape(-1)).all()
+    for coordinate, element in enumerate(layout.local_elements()):
+        assert torch.isin(local[:, coordinate], sites[element.partition("[")[0]].reshape(-1)).all()
 
 
 @pytest.mark.parametrize("enclosing", [(3,), (1,), (2, 3)])

@@ -143,7 +143,7 @@ PLANTED = {
 @pytest.mark.parametrize("bug", PLANTED)
 def test_oracle_finds_planted_bugs(monkeypatch, bug):
     attribute, wrong, name = PLANTED[bug]
-    monkeypatch.setattr(f"laplace_amort.{attribute}", wrong)
+    monkeypatch.setattr(f"laplace_amort.model.{attribute}", wrong)
     with pytest.raises(AssertionError, match="not close"):
         test_value_is_pyros_log_prob_and_the_jacobians(name)
 
@@ -199,7 +199,8 @@ def test_order_and_constraints_are_those_of_an_automatic_guide(name):
     constrained = log_joint.constrain(packed)
     assert list(median) == list(constrained)
     for site, value in constrained.items():
-        assert torch.equal(median[site], value)
+        # Pyro has the elements in other places in memory, where torch may take another path through the same function.
+        torch.testing.assert_close(median[site], value, rtol=1e-13, atol=1e-14)
 
 
 @pytest.mark.parametrize("name", sorted(set(MODELS) - NO_ORACLE))

@@ -282,11 +282,12 @@ def test_units_without_any_observation():
 # ---------------------------------------------------------------------------------------------- zero where it is probed
 
 
-@pytest.mark.parametrize("share", [0.0, *room._PROBES])
-def test_observations_at_their_maximum_find_their_owner(share):
+@pytest.mark.parametrize("probe", [None, *range(len(room._PROBES))])
+def test_observations_at_their_maximum_find_their_owner(probe):
     """At the start, or exactly where the model is probed: there is no derivative, and there is one elsewhere."""
     start = torch.zeros(1), torch.zeros(5, 1)
-    z = room._near(start[1], share)[UNIT, 0]
+    local = start[1] if probe is None else room._points(*start)[probe][1]
+    z = local[UNIT, 0]
 
     def observe(y):
         pyro.sample("z", dist.Normal(y[..., UNIT], 0.7), obs=z)
@@ -296,7 +297,7 @@ def test_observations_at_their_maximum_find_their_owner(share):
     owners = room.unit_owners(unit_model, *start)
     assert owners[-1].tolist() == UNIT.tolist()
     assert_apart(unit_terms(unit_model, *start), point_of(case))
-    zero = room._Probe(unit_model, start[0], room._near(start[1], share)).size[-6:]
+    zero = room._Probe(unit_model, start[0], local).size[-6:]
     assert (zero == 0).all()
 
 

@@ -161,10 +161,9 @@ VISITS = torch.tensor([2, 0, 0, 4, 2])
 TABLE = [5, 5, *range(5), *VISITS.tolist()]  # of mu and of the plate, shared; of the units; and of the visits
 
 
-def probe_of_visits(share=0.5):
+def probe_of_visits(number=1):
     unit_model = unit_model_of(apart(lambda y: pyro.sample("z", dist.Normal(y[..., VISITS], 1.0), obs=normals(5))))
-    point = start_of(unit_model)
-    return room._Probe(unit_model, *(room._near(part, share) for part in point))
+    return room._Probe(unit_model, *room._points(*start_of(unit_model))[number])
 
 
 def swapped(one, other):
@@ -195,11 +194,11 @@ def test_owners_that_are_found_pass_the_check():
 
 
 @pytest.mark.parametrize("bug", WRONG)
-@pytest.mark.parametrize("share", room._PROBES)
-def test_a_wrong_owner_is_found(bug, share):
+@pytest.mark.parametrize("number", range(len(room._PROBES)))
+def test_a_wrong_owner_is_found(bug, number):
     table, message = WRONG[bug]
     with pytest.raises(StructureError, match=message):
-        probe_of_visits(share).check(torch.tensor(table))
+        probe_of_visits(number).check(torch.tensor(table))
 
 
 def test_visits_of_one_unit_may_change_places():
@@ -296,7 +295,9 @@ def test_derivatives_that_cancel_at_every_point_are_no_dependence(num_units, mon
     torch.set_default_dtype(torch.float32)
     unit_model = unit_model_of(several_counts, torch.tensor([[2.0], [1.0], [0.0]]).expand(3, num_units))
     noise = torch.randn(num_units, 1, generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(room, "_near", lambda value, share: value + 1e-5 * share * noise if value.dim() > 1 else value)
+    shares = [*room._PROBES, room._FROM_ZERO]
+    points = [(torch.zeros(1), 1e-5 * share * noise) for share in shares]
+    monkeypatch.setattr(room, "_points", lambda global_, local: points)
     owners = room.unit_owners(unit_model, torch.zeros(1), torch.zeros(num_units, 1))
     assert owners[-1].tolist() == list(range(num_units))
 
@@ -306,7 +307,8 @@ def test_points_that_are_probed_are_not_the_same_for_any_unit():
     start = torch.zeros(20_000, 1)
     shares = [*room._PROBES, room._FROM_ZERO]
     assert sorted(shares) == sorted(set(shares))
-    moves = torch.stack([room._near(start, share).squeeze(-1) / share for share in shares])
+    points = room._points(torch.zeros(1), start)
+    moves = torch.stack([local.squeeze(-1) / share for (_, local), share in zip(points, shares, strict=True)])
     assert moves.abs().max(0).values.min() > 0.02
     assert torch.corrcoef(moves).triu(1).abs().max() < 0.05
 

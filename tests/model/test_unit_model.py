@@ -1,5 +1,8 @@
 """A Pyro model as a function of globals and units: values, supports, starts, and when sites are looked for anew."""
 
+import copy
+import pickle
+
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -234,3 +237,15 @@ def test_a_model_that_draws_apart_from_its_latents_is_refused():
 def test_two_values_that_are_not_finite_do_not_count_as_different():
     unit_model, _ = make(UnitCase(dependent_supports, (normals(3),), 2, 3, 1))
     unit_model.check_deterministic(torch.full((2,), 1e5), torch.zeros(3, 1))
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
+def test_a_recorded_model_can_be_stored(duplicate):
+    unit_model = UnitModels(normal, None)((normals(4),), {}, {})[0]
+    point = normals(unit_model.layout.global_dim), normals(4, 1, seed=1)
+    recorded = unit_model.recorded(*point)
+    other = duplicate(recorded)
+    assert torch.equal(other.log_joint(*point), recorded.log_joint(*point))
+    torch.testing.assert_close(
+        sum(terms.values.sum() for terms in other.flat_terms(*point)), unit_model.log_joint(*point)
+    )
