@@ -2,7 +2,6 @@
 
 import math
 import re
-import sys
 import warnings
 
 import pytest
@@ -14,11 +13,12 @@ from hypothesis import given, settings
 from torch.autograd import gradcheck, gradgradcheck
 
 from laplace_amort import InformationError, observed_information
+from laplace_amort.autodiff import derivatives
 from laplace_amort.autodiff.derivatives import reverse_passes
 from laplace_amort.autodiff.information import ArrowheadBlocks, arrowhead_information, first_derivatives
 
 figures = Figures()
-ROOM = sys.modules["laplace_amort.autodiff.structure"]  # the package has a function of that name
+ROOM = derivatives
 FEW = settings.default.max_examples // 2
 
 
