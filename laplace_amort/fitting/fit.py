@@ -264,10 +264,9 @@ def _as_they_are_now(objective: Any, optimizer: Any, num_draws: int | None) -> t
     if num_draws is not None:
         if not isinstance(objective, FixedDrawELBO):
             raise ValueError(f"{type(objective).__name__} takes no draws: leave num_draws out")
-        name = type(objective).__name__
-        _warn_deprecated(f"num_draws is a setting of {name}", f"objective={name}(num_draws={num_draws})")
-        most = max(num_draws, objective.max_draws)
+        name, most = type(objective).__name__, max(num_draws, objective.max_draws)
         objective = dataclasses.replace(objective, num_draws=num_draws, max_draws=most)
+        _warn_deprecated(f"num_draws is a setting of {name}", f"objective={name}(num_draws={num_draws})")
     return objective, optimizer
 
 

@@ -334,6 +334,37 @@ def test_timings_and_history():
     assert result.tail_report.num_repaired == 0
 
 
+def assert_same_fit(actual, expected):
+    assert trajectory(actual) == trajectory(expected)
+    assert (actual.objective, actual.status, actual.num_draws) == (
+        expected.objective,
+        expected.status,
+        expected.num_draws,
+    )
+    assert torch.equal(actual.guide.loc, expected.guide.loc)
+    assert actual.maximized == expected.maximized
+
+
+def test_a_stochastic_optimizer_is_an_objective_now():
+    """The form of before does the same, and says what to write."""
+    few, z = Stochastic(window=20, max_steps=40), poisson_counts(6)
+    with pytest.warns(DeprecationWarning, match=r"\n    fit\(model, guide, \*args, objective=Stochastic\(\)\)") as told:
+        once = fit(poisson, guide_for(poisson), z, optimizer=few)
+    assert told[0].filename == __file__  # where the call is
+    assert_same_fit(once, fit(poisson, guide_for(poisson), z, objective=few))
+
+
+@pytest.mark.parametrize("num_draws", [4, 4096])
+def test_a_number_of_draws_is_a_setting_of_the_objective_now(num_draws):
+    """The form of before does the same, and says what to write."""
+    z = poisson_counts(6)
+    with pytest.warns(DeprecationWarning, match=rf"objective=FixedDrawELBO\(num_draws={num_draws}\)\)") as told:
+        once = fit(poisson, guide_for(poisson), z, num_draws=num_draws)
+    assert told[0].filename == __file__
+    objective = FixedDrawELBO(num_draws=num_draws, max_draws=max(2048, num_draws))
+    assert_same_fit(once, fit(poisson, guide_for(poisson), z, objective=objective))
+
+
 REFUSALS = {
     "another guide": (lambda: (poisson, pyro.infer.autoguide.AutoNormal(poisson), {}), TypeError, "AutoLaplaceFamily"),
     "another model": (lambda: (poisson, guide_for(gaussian), {}), ModelError, "another model"),
@@ -358,6 +389,11 @@ REFUSALS = {
         TypeError,
         "second derivatives",
     ),
+    "two optimizers": (
+        lambda: (poisson, guide_for(poisson), {"objective": Stochastic(), "optimizer": QuasiNewton()}),
+        TypeError,
+        r"steps by an optimizer of torch's, and QuasiNewton\(.*\) is another",
+    ),
     "odd draws": (lambda: (poisson, guide_for(poisson), {"num_draws": 3}), ValueError, "even"),
     "draws for the marginal": (
         lambda: (poisson, guide_for(poisson), {"num_draws": 4, "objective": MarginalLaplace()}),
@@ -380,6 +416,7 @@ def test_refusals(what):
     ("settings", "message"),
     [
         ({"num_draws": 0}, "num_draws"),
+        ({"num_draws": 3}, "even"),
         ({"max_draws": 7}, "max_draws"),
         ({"num_draws": 64, "max_draws": 32}, "at least num_draws"),
         ({"accuracy": 0.0}, "accuracy"),
