@@ -192,19 +192,15 @@ class ELBOFunction(ObjectiveFunction):
             gaussian = problem.gaussian()
             global_, local = self._at(gaussian)
             half_log_det = gaussian.precision.log_det() / 2
-        at_draws = problem.gradients(global_.detach(), local.detach())
-        terms = at_draws.values + self._entropy(gaussian)
+        found = problem.gradients(global_.detach(), local.detach())
         with torch.enable_grad():
-            # What has the gradient of the mean over draws, without the graph of the model's run at any of them.
-            surrogate = (
-                (at_draws.in_global * global_).sum() + (at_draws.in_local * local).sum()
-            ) / self.num_draws - half_log_det
-        gradient = list(self._gradients_of(surrogate))
-        for parameter, part in zip(problem.model_parameters, at_draws.in_parameters, strict=True):
-            index = next(i for i, p in enumerate(self.parameters) if p is parameter)
-            gradient[index] = gradient[index] + part / self.num_draws
-        value, error = mean_of_pairs(terms)
-        return Evaluation(value, to_vector(gradient), standard_error=error)
+            # What has the gradient of the sum over draws, without the graph of the model's run at any of them.
+            pulled = (found.in_global * global_).sum() + (found.in_local * local).sum()
+            for parameter, part in zip(problem.model_parameters, found.in_parameters, strict=True):
+                pulled = pulled + (part * parameter).sum()
+            surrogate = pulled / self.num_draws - half_log_det
+        value, error = mean_of_pairs(found.values + self._entropy(gaussian))
+        return Evaluation(value, to_vector(self._gradients_of(surrogate)), standard_error=error)
 
     @torch.no_grad()
     def values(self) -> Tensor:
@@ -214,12 +210,12 @@ class ELBOFunction(ObjectiveFunction):
         return self.problem.values(global_, local) + self._entropy(gaussian)
 
     def _at(self, gaussian: LaplaceGaussian) -> tuple[Tensor, Tensor]:
-        """Globals ``(S, d)`` and units ``(S, N, k)`` of all draws."""
+        """Return globals ``(S, d)`` and units ``(S, N, k)`` of all draws."""
         deviation, local_deviation = gaussian.precision.draw(*self.draws)
         return gaussian.global_loc + deviation, gaussian.local_loc + local_deviation
 
     def _entropy(self, gaussian: LaplaceGaussian) -> Tensor:
-        """Minus the log density of the guide at its draws, ``(S,)``, without a graph."""
+        """Return minus the log density of the guide at its draws, ``(S,)``, without a graph."""
         dimension = gaussian.global_loc.numel() + gaussian.local_loc.numel()
         log_det = gaussian.precision.log_det().detach()
         return self.draws.half_squares() + (dimension * math.log(2 * math.pi) - log_det) / 2

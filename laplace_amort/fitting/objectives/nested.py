@@ -73,7 +73,7 @@ class NestedFunction(ObjectiveFunction):
 
     @cached_property
     def noise(self) -> Tensor:
-        """The draws, ``(S, d)``."""
+        """The draws of the globals, ``(S, d)``."""
         return antithetic_draws(self.num_draws, self.problem.loc, self.problem.start[:0], self.seed).global_
 
     def whitening(self) -> Whitening:
@@ -112,7 +112,7 @@ class NestedFunction(ObjectiveFunction):
         return gaussian.global_loc + self.noise @ gaussian.precision.global_scale_tril.mT
 
     def _entropy(self, log_det: Tensor) -> Tensor:
-        """Minus the log density of the globals at their draws, ``(S,)``, without a graph."""
+        """Return minus the log density of the globals at their draws, ``(S,)``, without a graph."""
         return (self.noise**2).sum(-1) / 2 + self.noise.shape[1] / 2 * math.log(2 * math.pi) + log_det.detach()
 
 
