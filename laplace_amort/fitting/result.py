@@ -39,6 +39,7 @@ from laplace_amort.posterior import (
 __all__ = ["FitResult", "Optimum", "summary_lines"]
 
 _FORMAT = "laplace_amort fit 1"
+_NO_GRADIENT = 1e-6  # standard deviations below which a gradient is none, and its digits are rounding errors
 
 
 @dataclass(frozen=True)
@@ -307,7 +308,8 @@ def summary_lines(result: Any) -> list[str]:
     if result.standard_error:
         value += f" ± {result.standard_error:.2g}"
     draws = f", {result.num_draws} draws" if result.num_draws else ""
-    gradient = f"gradient {result.gradient_norm:.2g} posterior sd" if math.isfinite(result.gradient_norm) else ""
+    size = f"{result.gradient_norm:.2g}" if result.gradient_norm >= _NO_GRADIENT else f"under {_NO_GRADIENT:g}"
+    gradient = f"gradient {size} posterior sd" if math.isfinite(result.gradient_norm) else ""
     evaluations = f"{len(result.history)} evaluations{draws}, {result.seconds:.3g} s"
     lines = [
         f"{result.status.name}: {result.status}",

@@ -1,4 +1,4 @@
-"""Bound objectives: against their formulas written out densely, finite differences, Pyro's ELBO, and exact evidence."""
+"""Objectives at a point: against formulas written out densely, finite differences, Pyro's ELBO, and exact evidence."""
 
 import math
 

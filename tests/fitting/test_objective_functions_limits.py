@@ -1,4 +1,4 @@
-"""Bound objectives where there is nothing to find: no error, words, and a way back; and where nothing is recorded."""
+"""Objectives where there is nothing to find: no error, words, and a way back; and where nothing is recorded."""
 
 import math
 from functools import partial
