@@ -32,7 +32,7 @@ from tabulate import tabulate
 from tqdm import tqdm
 
 import laplace_amort
-from laplace_amort import AutoLaplaceFamily, LaplaceAmortError, Stochastic
+from laplace_amort import AutoLaplaceFamily, LaplaceAmortError
 from laplace_amort.cli.exits import Exit, Stop, complain, table_of_codes
 from laplace_amort.cli.factories import call, read
 from laplace_amort.cli.fit import OBJECTIVES
@@ -178,11 +178,12 @@ def _made(target: str, make: Callable[..., Any], size: int) -> tuple[Any, tuple[
 
 
 def _fitted(size: int, model: Any, args: tuple[Any, ...], objective: Any, seed: int, before: float) -> Row:
-    how = {"optimizer": objective} if isinstance(objective, Stochastic) else {"objective": objective}
     with pyro.get_param_store().scope():
         begun = time.perf_counter()
         try:
-            result = laplace_amort.fit(model, AutoLaplaceFamily(model), *args, **how, seed=seed, progress=False)
+            result = laplace_amort.fit(
+                model, AutoLaplaceFamily(model), *args, objective=objective, seed=seed, progress=False
+            )
         except LaplaceAmortError as error:
             raise Stop(f"{size} units: {type(error).__name__}: {error}") from error
         seconds = time.perf_counter() - begun

@@ -22,7 +22,8 @@ from laplace_amort import (
     MarginalQuadrature,
 )
 from laplace_amort import fit as fit_guide
-from laplace_amort.fitting.objectives.elbo import ELBOFunction, mean_of_pairs
+from laplace_amort.fitting.objectives.draws import mean_of_pairs
+from laplace_amort.fitting.objectives.elbo import ELBOFunction
 from laplace_amort.guide.problem import Problem
 from laplace_amort.posterior.psis import pareto_smoothed
 

@@ -146,7 +146,6 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _fit(case: Case, objective: Any, options: argparse.Namespace) -> FitResult:
-    how = {"optimizer": objective} if isinstance(objective, Stochastic) else {"objective": objective}
     try:
         if options.unit_labels:  # not only after the fit
             case.check_labels(options.unit_labels)
@@ -154,7 +153,7 @@ def _fit(case: Case, objective: Any, options: argparse.Namespace) -> FitResult:
             case.model,
             case.guide,
             *case.args,
-            **how,
+            objective=objective,
             starts=options.starts,
             seed=options.seed,
             progress=not options.quiet,
@@ -176,7 +175,7 @@ def _fit(case: Case, objective: Any, options: argparse.Namespace) -> FitResult:
 def _on_the_command_line(message: str) -> str:
     """What a line of Python in a message is as an option."""
     options = {
-        "optimizer=Stochastic()": "--objective stochastic",
+        "objective=Stochastic()": "--objective stochastic",
         "unit_plate=": "--unit-plate NAME",
         "Start anew": "no --resume, or the --resume file of this very fit",
     }

@@ -8,9 +8,9 @@ from laplace_amort.fitting.objectives.ladder import Ladder
 from laplace_amort.fitting.objectives.laplace import MarginalLaplace
 from laplace_amort.fitting.objectives.nested import NestedELBO
 from laplace_amort.fitting.objectives.quadrature import MarginalQuadrature
+from laplace_amort.fitting.objectives.stochastic import Stochastic
 from laplace_amort.fitting.optimizers import QuasiNewton, TrustRegion
 from laplace_amort.fitting.result import FitResult, Optimum
-from laplace_amort.fitting.stochastic import Stochastic
 
 __all__ = [
     "CHECK",

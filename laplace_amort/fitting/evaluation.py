@@ -1,68 +1,13 @@
-"""What a deterministic objective gives back at a point, and what an optimizer gives back at its end."""
+"""What an objective gives back at a point, and what an optimizer gives back at its end."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple
 
-from laplace_amort.linalg import RepairReport
 from laplace_amort.types import Status, Vector
 
-__all__ = ["BoundObjective", "Evaluation", "FitStatus", "Function", "Maximum"]
-
-
-class Evaluation(NamedTuple):
-    """An objective at one point, in numbers that can be saved.
-
-    :param float value: of the objective, to be made large; minus infinity where it does not exist.
-    :param Vector gradient: ``(P,)``.
-    :param Vector information: the negative second derivative ``(P, P)``, or None if the objective has none at hand.
-    :param float standard_error: of the value, where it is an average over draws; else 0.
-    :param RepairReport head_report: what was repaired in the precision of the globals; None if nothing could be.
-    :param float rounding: relative rounding error of the arithmetic.
-    :param str problem: why the objective does not exist here; empty if it does.
-    """
-
-    value: float
-    gradient: Vector
-    information: Vector | None = None
-    standard_error: float = 0.0
-    head_report: RepairReport | None = None
-    rounding: float = 2.0**-52
-    problem: str = ""
-
-
-class BoundObjective(Protocol):
-    """An objective of the parameters of one guide at given data."""
-
-    num_draws: int
-
-    def point(self) -> Vector:
-        """Return where the parameters stand, ``(P,)``."""
-
-    def move(self, point: Vector) -> None:
-        """Put the parameters there."""
-
-    def __call__(self, point: Vector) -> Evaluation:
-        """Evaluate, without an error where the objective does not exist."""
-
-
-Function = Callable[[Vector], Evaluation]
-
-
-class Maximum(NamedTuple):
-    """Where an optimizer ended.
-
-    :param Vector point: ``(P,)``.
-    :param Evaluation evaluation: of the objective there.
-    :param FitStatus status: how it ended.
-    :param float gradient_norm: in posterior standard deviations: how far the optimum still is, to first order.
-    """
-
-    point: Vector
-    evaluation: Evaluation
-    status: FitStatus
-    gradient_norm: float
+__all__ = ["Evaluation", "FitStatus", "Function", "Maximum"]
 
 
 class FitStatus(Status):
@@ -87,14 +32,57 @@ class FitStatus(Status):
         "does not exist, and start elsewhere",
     )
     START_FAILED = 4, "not begun: the objective does not exist at the start nor near it; pass another init_loc_fn"
+    INTERRUPTED = 5, "interrupted: the guide stands at the best point found; go on with resume="
     NO_MAXIMUM = (
         6,
         "not converged: at the best point the objective is flat or curves upwards in some direction; are the globals "
         "identified?",
     )
-    INTERRUPTED = 5, "interrupted: the guide stands at the best point found; go on with resume="
 
     @property
     def ok(self) -> bool:
         """Whether the fit converged."""
         return self is FitStatus.CONVERGED
+
+
+class Evaluation(NamedTuple):
+    """An objective at one point, in numbers that can be saved.
+
+    :param float value: of the objective, to be made large; minus infinity where it does not exist.
+    :param Vector gradient: ``(P,)``.
+    :param Vector information: the negative second derivative ``(P, P)``, or None if the objective has none at hand.
+    :param float standard_error: of the value, where it is an average over draws; else 0.
+    :param float rounding: relative rounding error of the arithmetic.
+    :param str failure: why the objective does not exist here; empty if it does.
+    """
+
+    value: float
+    gradient: Vector
+    information: Vector | None = None
+    standard_error: float = 0.0
+    rounding: float = 2.0**-52
+    failure: str = ""
+
+
+Function = Callable[[Vector], Evaluation]
+
+
+class Maximum(NamedTuple):
+    """Where a maximization ended.
+
+    :param Vector point: ``(P,)``.
+    :param Evaluation evaluation: of the objective there.
+    :param FitStatus status: how it ended.
+    :param float gradient_norm: in posterior standard deviations: how far the optimum still is, to first order.
+    :param int num_starts: how many starts ended there.
+    :param objective: the one that the posterior is of, where it is another than the one that was asked for.
+    :param notes: what a user should know of the way there, in sentences.
+    """
+
+    point: Vector
+    evaluation: Evaluation
+    status: FitStatus
+    gradient_norm: float
+    num_starts: int = 1
+    objective: Any = None
+    notes: tuple[str, ...] = ()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,15 +20,13 @@ from laplace_amort.fitting.journal import Journal
 from laplace_amort.fitting.objectives.base import Objective
 from laplace_amort.fitting.objectives.elbo import FixedDrawELBO
 from laplace_amort.fitting.objectives.laplace import MarginalLaplace
+from laplace_amort.fitting.objectives.stochastic import Stochastic, WalkState
 from laplace_amort.fitting.optimizers import Optimizer, TrustRegion
 from laplace_amort.fitting.result import FitResult, Optimum, load_saved
-from laplace_amort.fitting.search import End, find_ends, fresh_value, positive
-from laplace_amort.fitting.stochastic import Stochastic, StochasticState
+from laplace_amort.fitting.search import START_STEPS, find_maxima, fresh_value, positive
 from laplace_amort.guide import AutoLaplaceFamily, LaplaceGaussian, Problem
 
 __all__ = ["fit"]
-
-_START_STEPS = 100  # on the one minibatch with which a stochastic fit begins
 
 
 def fit(
@@ -35,12 +34,12 @@ def fit(
     guide: AutoLaplaceFamily,
     *args: Any,
     objective: Objective = FixedDrawELBO(),
-    optimizer: Optimizer | Stochastic | None = None,
-    num_draws: int | None = None,
+    optimizer: Optimizer | None = None,
     starts: int = 1,
     seed: int = 0,
     progress: bool = True,
     resume: FitResult | str | Path | None = None,
+    num_draws: int | None = None,
     **kwargs: Any,
 ) -> FitResult:
     r"""Fit a guide of the amortized Laplace family until it has converged, and say whether it has.
@@ -55,17 +54,18 @@ def fit(
     :param AutoLaplaceFamily guide: it starts where it stands, and stands at the optimum in the end.
     :param args: arguments of the model.
     :param objective: :class:`~laplace_amort.FixedDrawELBO`, :class:`~laplace_amort.NestedELBO`,
-        :class:`~laplace_amort.MarginalLaplace`, :class:`~laplace_amort.MarginalQuadrature` or
-        :class:`~laplace_amort.Ladder`.
-    :param optimizer: :class:`~laplace_amort.TrustRegion`, :class:`~laplace_amort.QuasiNewton` or
-        :class:`~laplace_amort.Stochastic`; by default what suits objective and model.
-    :param int num_draws: draws that the ELBO begins with, an even number; of no effect with :class:`Stochastic`.
-    :param int starts: how many, of no effect with :class:`Stochastic`; those after the first are uniform between -2 and
-        2 in unconstrained space. What they find is in ``result.optima``.
+        :class:`~laplace_amort.MarginalLaplace`, :class:`~laplace_amort.MarginalQuadrature`,
+        :class:`~laplace_amort.Ladder` or :class:`~laplace_amort.Stochastic`; by default the last of these where the
+        model subsamples, and the first elsewhere.
+    :param optimizer: :class:`~laplace_amort.TrustRegion` or :class:`~laplace_amort.QuasiNewton`, by default what suits
+        the objective; None for :class:`~laplace_amort.Stochastic`, which has one of torch's.
+    :param int starts: how many, of no effect with :class:`~laplace_amort.Stochastic`; those after the first are uniform
+        between -2 and 2 in unconstrained space. What they find is in ``result.optima``.
     :param int seed: of all draws and starts; the state of torch's generator stays as it is.
     :param bool progress: whether to show a bar, where standard error is a terminal.
     :param resume: a result that was interrupted, or a stochastic one that ran out of steps, or the path of one that was
         saved: the fit goes on, with the same numbers as if it had never stopped.
+    :param int num_draws: deprecated: it is a setting of the objective, ``FixedDrawELBO(num_draws=...)``.
     :param kwargs: keyword arguments of the model. One that has a name from this list can be passed by
         ``functools.partial(model, seed=...)``.
     :return: :class:`FitResult`. Also when a user interrupts (Ctrl-C): what was found until then.
@@ -89,27 +89,20 @@ def fit(
         >>> {name: value.round(decimals=3) for name, value in result.gaussian.median().items()}
         {'mu': tensor(1.), 'y': tensor([1., 2.])}
     """
-    _check_arguments(model, guide, objective, optimizer, starts)
-    if num_draws is not None:
-        objective = _with_draws(objective, num_draws)
+    _check_guide(model, guide)
+    objective, optimizer = _as_they_are_now(objective, optimizer, num_draws)
+    _check_settings(objective, optimizer, starts)
     saved = _Saved() if resume is None else copy.deepcopy(load_saved(resume))
     with torch.random.fork_rng(devices=[]), progress_bar(progress) as bar:
-        begun = time.perf_counter()
         torch.manual_seed(seed)
-        bar.set_description("set-up")
-        problem = Problem(guide, args, kwargs)
-        if saved.start is None:
-            saved = saved._replace(start=problem.state())
-        problem.restore(saved.start)  # a fit that goes on begins where it began, to read what it found from there
-        journal = Journal(saved.entries, saved.state, problem.memory, problem.recall)
-        run = History(problem, journal, seed, bar)
-        run.add_time("set-up", time.perf_counter() - begun)
-        journal.call(f"log joint {problem.log_joint_at_start():.17g}", lambda: None)  # so that no other model goes on
-        if optimizer is None and problem.subsamples and type(objective) is FixedDrawELBO:  # the ELBO of SVI, no other
-            optimizer = Stochastic()
-        if isinstance(optimizer, Stochastic):
-            return _stochastic(run, optimizer, saved, args, kwargs)
-        return _deterministic(run, objective, optimizer, starts, saved)
+        history, saved = _set_up(guide, args, kwargs, seed, saved, bar)
+        if optimizer is None and history.problem.subsamples and type(objective) is FixedDrawELBO:  # that of SVI alone
+            objective = Stochastic()
+        try:
+            maxima, value = _maximized(history, objective, optimizer, starts)
+        except KeyboardInterrupt:
+            maxima, value = [history.interrupted()], None
+        return _result(history, objective, maxima, value, saved)
 
 
 class _Saved(NamedTuple):
@@ -118,101 +111,85 @@ class _Saved(NamedTuple):
     start: Any = None
     entries: list[tuple[str, Any]] | None = None
     state: Any = None
-    stochastic: StochasticState | None = None
+    walk: WalkState | None = None
 
 
-def _deterministic(
-    run: History, objective: Objective, optimizer: Optimizer | None, starts: int, saved: _Saved
-) -> FitResult:
-    problem = run.problem
+def _set_up(
+    guide: AutoLaplaceFamily, args: tuple[Any, ...], kwargs: dict[str, Any], seed: int, saved: _Saved, bar: Any
+) -> tuple[History, _Saved]:
+    """Return the problem with all that a fit before has found of it, and what is saved, with the start."""
+    begun = time.perf_counter()
+    bar.set_description("set-up")
+    problem = Problem(guide, args, kwargs)
+    if saved.start is None:
+        saved = saved._replace(start=problem.state())
+    problem.restore(saved.start)  # a fit that goes on begins where it began, to read what it found from there
+    journal = Journal(saved.entries, saved.state, problem.memory, problem.recall)
+    history = History(problem, journal, seed, bar, saved.walk)
+    history.add_time("set-up", time.perf_counter() - begun)
+    journal.call(f"log joint {problem.log_joint_at_start():.17g}", lambda: None)  # so that no other model goes on
+    return history, saved
+
+
+def _maximized(
+    history: History, objective: Objective, optimizer: Optimizer | None, starts: int
+) -> tuple[list[Maximum], tuple[float, float] | None]:
+    """Return the optima, the best first, and the value at the best with its error if it is not what was maximized."""
+    objective.check(history.problem)
+    if isinstance(objective, Stochastic):
+        if history.walk is None:  # one minibatch tells where about the optimum is
+            find_maxima(history, MarginalLaplace(), TrustRegion(max_steps=START_STEPS))
+        return [objective.climb(history, objective.default_optimizer)], None
+    _refuse_minibatches(history.problem, objective)
+    maxima = find_maxima(history, objective, optimizer, starts)
+    if history.problem.recheck():  # what was recorded was not the model everywhere: once again, without
+        maxima = find_maxima(history, objective, optimizer)
+    if isinstance(objective, FixedDrawELBO) and maxima[0].status is not FitStatus.START_FAILED:
+        return maxima, fresh_value(history, objective)
+    return maxima, None
+
+
+def _refuse_minibatches(problem: Problem, objective: Objective) -> None:
     for plate in problem.subsamples:
         kind = "units" if plate.name == problem.unit_model.layout.frame.name else "elements"
         raise ModelError(
             f"the model takes {plate.subsample_size} of {plate.size} {kind} of plate '{plate.name}' at a time, and "
             f"{type(objective).__name__} needs all of them in every evaluation. Leave subsample_size out of the model, "
-            "or optimize stochastically:\n    fit(model, guide, *args, optimizer=Stochastic())"
+            "or optimize stochastically:\n    fit(model, guide, *args, objective=Stochastic())"
         )
-    objective.check(problem)
-    try:
-        ends = find_ends(run, objective, optimizer, starts)
-        if problem.recheck():  # what was recorded was not the model everywhere: once again, without
-            ends = find_ends(run, objective, optimizer, 1)
-        maximum = ends[0].maximum
-        value = maximum.evaluation.value, maximum.evaluation.standard_error
-        if isinstance(objective, FixedDrawELBO) and maximum.status is not FitStatus.START_FAILED:
-            value = fresh_value(run, objective)
-    except KeyboardInterrupt:
-        maximum = run.interrupted()
-        ends, value = [End(maximum)], (maximum.evaluation.value, maximum.evaluation.standard_error)
-    kept = _Saved(saved.start, run.journal.entries, run.journal.state)
-    return _result(run, objective, ends, value, kept)
 
 
-def _stochastic(
-    run: History, optimizer: Stochastic, saved: _Saved, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> FitResult:
-    state = saved.stochastic or optimizer.begin(run.seed)
-    try:
-        if saved.stochastic is None:  # one minibatch tells where about the optimum is
-            find_ends(run, MarginalLaplace(), TrustRegion(max_steps=_START_STEPS), 1)
-        maximum = optimizer.climb(run, state, args, kwargs)
-    except KeyboardInterrupt:
-        maximum = run.interrupted()
-    kept = _Saved(saved.start, run.journal.entries, run.journal.state, None if state.phase is None else state)
-    value = maximum.evaluation.value, maximum.evaluation.standard_error
-    return _result(run, FixedDrawELBO(), [End(maximum)], value, kept)
-
-
-def _in_short(problem: str) -> str:
-    """The sentence and the first unit, without lines to type that are for those who compute matrices themselves."""
-    return "\n".join(problem.splitlines()[:2]).partition(" To repair")[0]
+# ---------------------------------------------------------------------------------------------------------- the result
 
 
 def _result(
-    run: History, objective: Objective, ends: list[End], value: tuple[float, float], saved: _Saved
+    history: History, objective: Objective, maxima: list[Maximum], value: tuple[float, float] | None, saved: _Saved
 ) -> FitResult:
-    maximum, problem = ends[0].maximum, run.problem
-    objective, settled = run.settled(maximum, objective)
-    notes = list(settled)
-    if problem.not_recorded:
-        notes.append(f"every evaluation ran the model in Python, which takes longer: {problem.not_recorded}")
-    failure = maximum.evaluation.problem or next((step.problem for step in run.history[::-1] if step.problem), "")
-    if failure and not maximum.status.ok:
-        notes.append(f"the last point without an objective: {_in_short(failure)}")
-    if maximum.status is FitStatus.NO_MAXIMUM and maximum.evaluation.information is not None:
-        signs = positive(problem).tolist()
-        notes.append(describe_flattest(_global_names(problem), signs, maximum.evaluation.information))
-    gaussian = _gaussian(problem, objective, maximum)
-    if gaussian is not None:
-        notes += problem.kinks(gaussian)
+    best, problem = maxima[0], history.problem
+    objective = best.objective or objective
+    gaussian = _gaussian(problem, objective, best)
+    found, error = value or (best.evaluation.value, best.evaluation.standard_error)
     return FitResult(
-        status=maximum.status,
+        status=best.status,
         guide=problem.guide,
-        objective=value[0],
-        standard_error=value[1],
-        gradient_norm=maximum.gradient_norm,
-        num_draws=run.num_draws,
-        history=run.history,
-        timings=run.timings,
-        optima=[_optimum(problem, end) for end in ends],
-        notes=notes,
+        objective=found,
+        standard_error=error,
+        gradient_norm=best.gradient_norm,
+        num_draws=history.num_draws,
+        history=history.steps,
+        timings=history.timings,
+        optima=[_optimum(problem, one) for one in maxima],
+        notes=_notes(history, best, gaussian),
         gaussian=gaussian,
-        saved=saved,
+        saved=_Saved(saved.start, history.journal.entries, history.journal.state, history.walk),
         maximized=objective,
         problem=problem,
-        seed=run.seed,
+        seed=history.seed,
     )
 
 
-def _optimum(problem: Problem, end: End) -> Optimum:
-    maximum, d = end.maximum, len(problem.loc)
-    with torch.no_grad():
-        values = problem.unit_model.constrain_global(torch.from_numpy(maximum.point[:d]).to(problem.loc))
-    return Optimum(maximum.evaluation.value, end.num_starts, values, maximum.status)
-
-
 def _gaussian(problem: Problem, objective: Objective, maximum: Maximum) -> LaplaceGaussian | None:
-    """The posterior where the guide stands; None where there is none."""
+    """Return the posterior where the guide stands; None where there is none."""
     try:
         with torch.no_grad():
             gaussian = objective.gaussian(problem, maximum)
@@ -221,8 +198,36 @@ def _gaussian(problem: Problem, objective: Objective, maximum: Maximum) -> Lapla
         return None
 
 
+def _optimum(problem: Problem, maximum: Maximum) -> Optimum:
+    """Return what a user sees of an optimum."""
+    point = torch.from_numpy(maximum.point[: len(problem.loc)]).to(problem.loc)
+    with torch.no_grad():
+        values = problem.unit_model.constrain_global(point)
+    return Optimum(maximum.evaluation.value, maximum.num_starts, values, maximum.status)
+
+
+def _notes(history: History, maximum: Maximum, gaussian: LaplaceGaussian | None) -> list[str]:
+    """Return what a user should know of a fit, in sentences."""
+    problem, notes = history.problem, list(maximum.notes)
+    if problem.not_recorded:
+        notes.append(f"every evaluation ran the model in Python, which takes longer: {problem.not_recorded}")
+    failures = [maximum.evaluation.failure, *(step.problem for step in history.steps[::-1])]
+    failure = next((failure for failure in failures if failure), "")
+    if failure and not maximum.status.ok:
+        notes.append(f"the last point without an objective: {_in_short(failure)}")
+    if maximum.status is FitStatus.NO_MAXIMUM and maximum.evaluation.information is not None:
+        signs = positive(problem).tolist()
+        notes.append(describe_flattest(_global_names(problem), signs, maximum.evaluation.information))
+    return notes if gaussian is None else notes + problem.kinks(gaussian)
+
+
+def _in_short(failure: str) -> str:
+    """Return the sentence and the first unit, without lines to type for those who compute matrices themselves."""
+    return "\n".join(failure.splitlines()[:2]).partition(" To repair")[0]
+
+
 def _global_names(problem: Problem) -> list[str]:
-    """Names of the unconstrained elements of the globals, ``d`` of them."""
+    """Return names of the unconstrained elements of the globals, ``d`` of them."""
     return [
         site.name if site.shape.numel() == 1 else f"{site.name}[{index}]"
         for site in problem.unit_model.layout.global_sites.values()
@@ -230,7 +235,10 @@ def _global_names(problem: Problem) -> list[str]:
     ]
 
 
-def _check_arguments(model: Any, guide: Any, objective: Any, optimizer: Any, starts: int) -> None:
+# ------------------------------------------------------------------------------------------------------- the arguments
+
+
+def _check_guide(model: Any, guide: Any) -> None:
     if not isinstance(guide, AutoLaplaceFamily):
         raise TypeError(
             f"fit needs a guide of the amortized Laplace family, got {type(guide).__name__}:\n"
@@ -241,30 +249,49 @@ def _check_arguments(model: Any, guide: Any, objective: Any, optimizer: Any, sta
             "the guide was made for another model than the one given; what is fitted is the guide's own. Make one of "
             "them the other:\n    fit(model, AutoLaplaceFamily(model), *args)"
         )
+
+
+def _as_they_are_now(objective: Any, optimizer: Any, num_draws: int | None) -> tuple[Any, Any]:
+    """Return objective and optimizer for arguments as they once were, with a warning that has the line to type."""
+    if isinstance(optimizer, Stochastic):
+        if type(objective) is not FixedDrawELBO:
+            raise TypeError(
+                f"Stochastic() follows the ELBO of the guide, and {type(objective).__name__}() is another objective. "
+                "Leave one of them out:\n    fit(model, guide, *args, objective=Stochastic())"
+            )
+        _warn_deprecated("Stochastic is an objective", "objective=Stochastic()")
+        return optimizer, None
+    if num_draws is not None:
+        if not isinstance(objective, FixedDrawELBO):
+            raise ValueError(f"{type(objective).__name__} takes no draws: leave num_draws out")
+        name, most = type(objective).__name__, max(num_draws, objective.max_draws)
+        objective = dataclasses.replace(objective, num_draws=num_draws, max_draws=most)
+        _warn_deprecated(f"num_draws is a setting of {name}", f"objective={name}(num_draws={num_draws})")
+    return objective, optimizer
+
+
+def _warn_deprecated(why: str, argument: str) -> None:
+    line = f"{why}:\n    fit(model, guide, *args, {argument})"
+    warnings.warn(line, DeprecationWarning, stacklevel=4)  # at the call of fit
+
+
+def _check_settings(objective: Any, optimizer: Any, starts: int) -> None:
     if isinstance(objective, type) or not isinstance(objective, Objective):
         hint = f"{objective.__name__}()" if isinstance(objective, type) else "FixedDrawELBO()"
         raise TypeError(
             "objective must be one such as FixedDrawELBO(), MarginalLaplace(), MarginalQuadrature() or Ladder(), got "
             f"{objective!r}:\n    objective={hint}\n"
-            "An ELBO of Pyro's goes into the optimizer: optimizer=Stochastic(elbo=...)"
+            "An ELBO of Pyro's goes into the objective Stochastic: objective=Stochastic(elbo=...)"
         )
-    if isinstance(optimizer, Stochastic):
-        if type(objective) is not FixedDrawELBO:
-            raise TypeError(
-                f"Stochastic() follows the ELBO of the guide, and {type(objective).__name__}() is another objective. "
-                "Leave one of them out:\n"
-                "    fit(model, guide, *args, optimizer=Stochastic())"
-            )
-    elif isinstance(optimizer, type) or not isinstance(optimizer, Optimizer | None):
+    if isinstance(optimizer, type) or not isinstance(optimizer, Optimizer | None):
         raise TypeError(
-            f"optimizer must be TrustRegion(), QuasiNewton() or Stochastic(), got {optimizer!r}. One of torch's goes "
-            "into the latter:\n    optimizer=Stochastic(torch.optim.Adam, lr=0.1)"
+            f"optimizer must be TrustRegion() or QuasiNewton(), got {optimizer!r}. One of torch's goes into an "
+            "objective:\n    objective=Stochastic(torch.optim.Adam, lr=0.1)"
+        )
+    if isinstance(objective, Stochastic) and optimizer is not None:
+        raise TypeError(
+            f"Stochastic() steps by an optimizer of torch's, and {optimizer!r} is another. Leave one of them out:\n"
+            "    fit(model, guide, *args, objective=Stochastic(torch.optim.Adam, lr=0.1))"
         )
     if starts < 1:
         raise ValueError(f"starts must be at least 1, got {starts}")
-
-
-def _with_draws(objective: Objective, num_draws: int) -> Objective:
-    if not isinstance(objective, FixedDrawELBO):
-        raise ValueError(f"{type(objective).__name__} takes no draws: leave num_draws out")
-    return dataclasses.replace(objective, num_draws=num_draws, max_draws=max(num_draws, objective.max_draws))

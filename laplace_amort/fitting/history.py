@@ -12,7 +12,7 @@ from typing import Any
 import numpy
 from tqdm import tqdm
 
-from laplace_amort.fitting.evaluation import BoundObjective, Evaluation, FitStatus, Function, Maximum
+from laplace_amort.fitting.evaluation import Evaluation, FitStatus, Function, Maximum
 from laplace_amort.fitting.journal import Journal
 from laplace_amort.guide import Problem, to_vector
 from laplace_amort.types import Vector
@@ -49,35 +49,38 @@ class History:
     :param Journal journal: of what is found.
     :param int seed: of all draws.
     :param tqdm bar: to show progress on.
+    :param walk: the state of an objective that goes on from a state of its own and not by the journal; None for none.
 
-    Attributes: ``history``, a list of :class:`Step`; and ``timings``, seconds by stage.
+    Attributes: ``steps``, a list of :class:`Step`; and ``timings``, seconds by stage.
     """
 
-    def __init__(self, problem: Problem, journal: Journal, seed: int, bar: Any) -> None:
-        self.problem, self.journal, self.seed, self.bar = problem, journal, seed, bar
-        self.history: list[Step] = []
+    def __init__(self, problem: Problem, journal: Journal, seed: int, bar: Any, walk: Any = None) -> None:
+        self.problem, self.journal, self.seed, self.bar, self.walk = problem, journal, seed, bar, walk
+        self.steps: list[Step] = []
         self.timings: dict[str, float] = {}
-        self._settled: dict[bytes, tuple[Any, list[str]]] = {}
         self._best: Maximum | None = None
         self._best_of: tuple[str, int] = "", 0  # the stage and draws that it is the best of
 
-    def function(self, stage: str, function: BoundObjective, norm: Callable[[Evaluation], float]) -> Function:
-        """Return an objective whose evaluations are kept and shown.
+    def watched(
+        self, stage: str, function: Function, norm: Callable[[Evaluation], float], num_draws: int = 0
+    ) -> Function:
+        """Return a function whose evaluations are kept and shown.
 
         :param str stage: the part of the fit, for the history.
-        :param BoundObjective function: the objective.
+        :param function: the objective.
         :param norm: of the gradient, in posterior standard deviations.
+        :param int num_draws: that the function averages over; 0 if it does not.
         """
         self.bar.set_description(stage)
 
         def evaluate(point: Vector) -> Evaluation:
-            label = f"{stage} {function.num_draws} {hashlib.sha256(point.tobytes()).hexdigest()[:16]}"
+            label = f"{stage} {num_draws} {hashlib.sha256(point.tobytes()).hexdigest()[:16]}"
             found, seconds = self._call(stage, label, lambda: function(point))
             size = norm(found) if found.value > -math.inf else math.inf
-            self.history.append(Step(stage, found.value, size, function.num_draws, seconds, found.problem))
+            self.steps.append(Step(stage, found.value, size, num_draws, seconds, found.failure))
             self.bar.set_postfix_str(f"loss {-found.value:.6g}, gradient {size:.2g} sd", refresh=False)
             self.bar.update()
-            self._keep_best(stage, function.num_draws, Maximum(point.copy(), found, FitStatus.INTERRUPTED, size))
+            self._keep_best(stage, num_draws, Maximum(point.copy(), found, FitStatus.INTERRUPTED, size))
             return found
 
         return evaluate
@@ -94,29 +97,15 @@ class History:
         """Put the guide where it stood best in the last stage that came to anything, and say where that is."""
         if self._best is None:
             point = to_vector([self.problem.loc])
-            nothing = Evaluation(-math.inf, numpy.zeros_like(point), problem="nothing was evaluated yet")
+            nothing = Evaluation(-math.inf, numpy.zeros_like(point), failure="nothing was evaluated yet")
             return Maximum(point, nothing, FitStatus.INTERRUPTED, math.inf)
         self.problem.move(self._best.point)
         return self._best
 
-    def settle(self, maximum: Maximum, objective: Any, notes: list[str]) -> None:
-        """Keep which objective one that tries several has ended with, and what is to be said of that.
-
-        :param Maximum maximum: where it ended.
-        :param objective: which of several it is the maximum of.
-        :param list notes: sentences.
-        """
-        self._settled[maximum.point.tobytes()] = objective, notes
-
-    def settled(self, maximum: Maximum, objective: Any) -> tuple[Any, list[str]]:
-        """Return what :meth:`settle` kept of a maximum, or the objective itself."""
-        kept: tuple[Any, list[str]] = self._settled.get(maximum.point.tobytes(), (objective, []))
-        return kept
-
     @property
     def num_draws(self) -> int:
         """How many draws the last evaluation of an optimizer averaged over; 0 if over none."""
-        return next((step.num_draws for step in self.history[::-1] if step.stage != CHECK), 0)
+        return next((step.num_draws for step in self.steps[::-1] if step.stage != CHECK), 0)
 
     def timed(self, stage: str, compute: Callable[[], Any]) -> Any:
         """Return what is computed, and keep it and how long it took."""

@@ -31,7 +31,7 @@ def flattest(information: Vector) -> tuple[float, Vector]:
     Example: only the sum of two globals is known::
 
         >>> share, direction = flattest(numpy.array([[1.0, 1.0], [1.0, 1.0]]))
-        >>> abs(share) < 1e-15, (direction / direction[0]).round(3).tolist()
+        >>> abs(share) < 1e-12, (direction / direction[0]).round(3).tolist()
         (True, [1.0, -1.0])
     """
     scale = numpy.abs(numpy.diag(information)).clip(min=numpy.finfo(float).tiny) ** -0.5
@@ -87,13 +87,14 @@ def describe_flattest(names: Sequence[str], positive: Sequence[float], informati
             f"flattest is the direction {parts}, in unconstrained space: neither data nor priors say anything of "
             f"{first}. Leave it out, or give it a proper prior:\n{prior}"
         )
+    curvature = f"{share:.2g}" if abs(share) >= EXACT else f"under {EXACT:g}"  # of which the digits are rounding errors
     sums = (
         "\nOf an intercept and the effects of all levels of a factor, let the effects sum to zero:\n"
         "    effects = torch.cat([free, -free.sum(-1, keepdim=True)], -1)   # free has one fewer than there are levels"
     )
     return (
         f"flattest is the direction {parts}, in unconstrained space: neither data nor priors tell one place along it "
-        f"from another (its curvature is {share:.2g} of what each global has by itself), so the standard errors of "
+        f"from another (its curvature is {curvature} of what each global has by itself), so the standard errors of "
         f"these globals mean nothing. Leave one of them out, or give one a proper prior:\n{prior}"
         + (sums if any("[" in names[i] for i in order) else "")
     )

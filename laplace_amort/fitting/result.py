@@ -24,7 +24,8 @@ from laplace_amort.posterior import Posterior, SeenUnits, Units, globals_table, 
 
 __all__ = ["FitResult", "Optimum", "load_saved"]
 
-_FORMAT = "laplace_amort fit 1"
+_FORMAT = "laplace_amort fit 2"
+_NO_GRADIENT = 1e-6  # standard deviations below which a gradient is none, and its digits are rounding errors
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,8 @@ class FitResult:
         if self.standard_error:
             value += f" ± {self.standard_error:.2g}"
         draws = f", {self.num_draws} draws" if self.num_draws else ""
-        gradient = f"gradient {self.gradient_norm:.2g} posterior sd" if math.isfinite(self.gradient_norm) else ""
+        size = f"{self.gradient_norm:.2g}" if self.gradient_norm >= _NO_GRADIENT else f"under {_NO_GRADIENT:g}"
+        gradient = f"gradient {size} posterior sd" if math.isfinite(self.gradient_norm) else ""
         evaluations = f"{len(self.history)} evaluations{draws}, {self.seconds:.3g} s"
         return "; ".join(part for part in (value, gradient, evaluations) if part)
 

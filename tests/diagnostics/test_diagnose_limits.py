@@ -48,7 +48,7 @@ def test_too_few_simulations():
 def test_minibatches():
     """What needs all units is not known, and what is known stays."""
     few = Stochastic(window=20, max_steps=20, lr=0.2)
-    result = fit(subsampled, guide_for(subsampled), poisson_counts(12)[0].double(), 4, optimizer=few)
+    result = fit(subsampled, guide_for(subsampled), poisson_counts(12)[0].double(), 4, objective=few)
     found = diagnose(result)
     assert [one.name for one in found.findings] == [*NAMES[:3], "units"]
     assert level(found, "units") is Level.UNKNOWN
@@ -57,7 +57,7 @@ def test_minibatches():
 
 def test_advice_for_minibatches_is_one_that_they_can_follow():
     few = Stochastic(window=20, max_steps=20, lr=0.2)
-    result = fit(subsampled, guide_for(subsampled), poisson_counts(12)[0].double(), 4, optimizer=few)
+    result = fit(subsampled, guide_for(subsampled), poisson_counts(12)[0].double(), 4, objective=few)
     assert "MarginalQuadrature" not in diagnose(result).advice
 
 

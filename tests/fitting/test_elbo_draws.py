@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from laplace_amort.fitting.objectives.elbo import Draws, antithetic_draws
+from laplace_amort.fitting.objectives.draws import Draws, antithetic_draws
 
 GLOBAL, LOCAL = torch.zeros(2, dtype=torch.float64), torch.zeros(5, 3, dtype=torch.float64)
 

@@ -129,7 +129,9 @@ def test_more_draws_until_others_agree():
     assert result.num_draws > 2
     numbers = [step.num_draws for step in result.history if step.stage == "ELBO"]
     assert numbers == sorted(numbers)
-    other = fit(poisson, guide_for(poisson), poisson_counts(8), seed=7, num_draws=result.num_draws)
+    other = fit(
+        poisson, guide_for(poisson), poisson_counts(8), seed=7, objective=FixedDrawELBO(num_draws=result.num_draws)
+    )
     shift = (result.gaussian.global_loc - other.gaussian.global_loc) / result.standard_errors()["mu"]
     assert shift.abs().max() < 0.5
 
@@ -164,8 +166,8 @@ def test_modes_in_closed_form_and_found_are_the_same_fit(head):
 def test_unamortized_family():
     """The centers are parameters: the optimum is at least as good, and has them near the modes."""
     z = poisson_counts(12)
-    amortized = fit(poisson, guide_for(poisson), z, num_draws=256)
-    free = fit(poisson, guide_for(poisson, mode=FreeMode()), z, num_draws=256)
+    amortized = fit(poisson, guide_for(poisson), z, objective=FixedDrawELBO(num_draws=256))
+    free = fit(poisson, guide_for(poisson, mode=FreeMode()), z, objective=FixedDrawELBO(num_draws=256))
     assert free.status.ok
     error = free.standard_error + amortized.standard_error
     assert free.objective > amortized.objective - 5 * error
@@ -322,6 +324,37 @@ def test_timings_and_history():
     assert result.tail_report.num_repaired == 0
 
 
+def assert_same_fit(actual, expected):
+    assert trajectory(actual) == trajectory(expected)
+    assert (actual.objective, actual.status, actual.num_draws) == (
+        expected.objective,
+        expected.status,
+        expected.num_draws,
+    )
+    assert torch.equal(actual.guide.loc, expected.guide.loc)
+    assert actual.maximized == expected.maximized
+
+
+def test_a_stochastic_optimizer_is_an_objective_now():
+    """The form of before does the same, and says what to write."""
+    few, z = Stochastic(window=20, max_steps=40), poisson_counts(6)
+    with pytest.warns(DeprecationWarning, match=r"\n    fit\(model, guide, \*args, objective=Stochastic\(\)\)") as told:
+        once = fit(poisson, guide_for(poisson), z, optimizer=few)
+    assert told[0].filename == __file__  # where the call is
+    assert_same_fit(once, fit(poisson, guide_for(poisson), z, objective=few))
+
+
+@pytest.mark.parametrize("num_draws", [4, 4096])
+def test_a_number_of_draws_is_a_setting_of_the_objective_now(num_draws):
+    """The form of before does the same, and says what to write."""
+    z = poisson_counts(6)
+    with pytest.warns(DeprecationWarning, match=rf"objective=FixedDrawELBO\(num_draws={num_draws}\)\)") as told:
+        once = fit(poisson, guide_for(poisson), z, num_draws=num_draws)
+    assert told[0].filename == __file__
+    objective = FixedDrawELBO(num_draws=num_draws, max_draws=max(2048, num_draws))
+    assert_same_fit(once, fit(poisson, guide_for(poisson), z, objective=objective))
+
+
 REFUSALS = {
     "another guide": (lambda: (poisson, pyro.infer.autoguide.AutoNormal(poisson), {}), TypeError, "AutoLaplaceFamily"),
     "another model": (lambda: (poisson, guide_for(gaussian), {}), ModelError, "another model"),
@@ -346,6 +379,11 @@ REFUSALS = {
         TypeError,
         "second derivatives",
     ),
+    "two optimizers": (
+        lambda: (poisson, guide_for(poisson), {"objective": Stochastic(), "optimizer": QuasiNewton()}),
+        TypeError,
+        r"steps by an optimizer of torch's, and QuasiNewton\(.*\) is another",
+    ),
     "odd draws": (lambda: (poisson, guide_for(poisson), {"num_draws": 3}), ValueError, "even"),
     "draws for the marginal": (
         lambda: (poisson, guide_for(poisson), {"num_draws": 4, "objective": MarginalLaplace()}),
@@ -368,6 +406,7 @@ def test_refusals(what):
     ("settings", "message"),
     [
         ({"num_draws": 0}, "num_draws"),
+        ({"num_draws": 3}, "even"),
         ({"max_draws": 7}, "max_draws"),
         ({"num_draws": 64, "max_draws": 32}, "at least num_draws"),
         ({"accuracy": 0.0}, "accuracy"),

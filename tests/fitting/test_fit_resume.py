@@ -17,17 +17,17 @@ from laplace_amort import (
     fit,
 )
 from laplace_amort.fitting.objectives.base import ObjectiveFunction
-from laplace_amort.fitting.stochastic import _Walk
+from laplace_amort.fitting.objectives.stochastic import _Walk
 
 Z = poisson_counts(15).double()
 CASES = {
-    "joint": ({}, {"num_draws": 4}),
-    "marginal head": ({"head": MarginalCurvature()}, {"num_draws": 4}),
+    "joint": ({}, {"objective": FixedDrawELBO(num_draws=4)}),
+    "marginal head": ({"head": MarginalCurvature()}, {"objective": FixedDrawELBO(num_draws=4)}),
     "marginal Laplace": ({}, {"objective": MarginalLaplace()}),
     "no first stage": ({}, {"objective": FixedDrawELBO(num_draws=8, start_with=None)}),
     "free": ({"mode": FreeMode()}, {"objective": FixedDrawELBO(num_draws=8, accuracy=1.0)}),
     "boost": ({"repair": Boost()}, {"objective": FixedDrawELBO(num_draws=8, accuracy=1.0)}),
-    "three starts": ({}, {"num_draws": 4, "starts": 3}),
+    "three starts": ({}, {"objective": FixedDrawELBO(num_draws=4), "starts": 3}),
 }
 
 
@@ -76,14 +76,14 @@ def test_interrupted_among_several_starts(monkeypatch):
 
 
 def test_interrupted_twice(monkeypatch):
-    expected = fit(poisson, guide_for(poisson), Z, num_draws=4)
+    expected = fit(poisson, guide_for(poisson), Z, objective=FixedDrawELBO(num_draws=4))
     result = None
     for _ in range(3):
         with monkeypatch.context() as patch:
             Interrupt(patch, ObjectiveFunction, "__call__", 3)
-            result = fit(poisson, guide_for(poisson), Z, num_draws=4, resume=result)
+            result = fit(poisson, guide_for(poisson), Z, objective=FixedDrawELBO(num_draws=4), resume=result)
     assert len(result.history) == 9
-    assert_same(fit(poisson, guide_for(poisson), Z, num_draws=4, resume=result), expected)
+    assert_same(fit(poisson, guide_for(poisson), Z, objective=FixedDrawELBO(num_draws=4), resume=result), expected)
 
 
 def test_more_steps_after_too_few():
@@ -98,7 +98,7 @@ RESUMED_BY_ANOTHER = {
     "other objective": (
         lambda guide, saved: fit(poisson, guide, Z, objective=FixedDrawELBO(start_with=None), resume=saved)
     ),
-    "other draws": (lambda guide, saved: fit(poisson, guide, Z, num_draws=32, resume=saved)),
+    "other draws": (lambda guide, saved: fit(poisson, guide, Z, objective=FixedDrawELBO(num_draws=32), resume=saved)),
 }
 
 
@@ -136,14 +136,14 @@ COUNTS = Z[0]
 @pytest.mark.parametrize("step", [0, 5, 20, 47, 79])
 def test_resumed_walk_is_the_walk(step, monkeypatch, tmp_path):
     """Nothing but whole windows counts, so that it goes on from the end of the last one."""
-    expected = fit(subsampled, guide_for(subsampled), COUNTS, 5, optimizer=FEW)
+    expected = fit(subsampled, guide_for(subsampled), COUNTS, 5, objective=FEW)
     with monkeypatch.context() as patch:
         Interrupt(patch, _Walk, "_step", step)
-        stopped = fit(subsampled, guide_for(subsampled), COUNTS, 5, optimizer=FEW)
+        stopped = fit(subsampled, guide_for(subsampled), COUNTS, 5, objective=FEW)
     assert stopped.status is FitStatus.INTERRUPTED
     stopped.save(tmp_path / "fit.pt")
     for guide, resume in ((stopped.guide, stopped), (guide_for(subsampled), tmp_path / "fit.pt")):
-        resumed = fit(subsampled, guide, COUNTS, 5, optimizer=FEW, resume=resume)
+        resumed = fit(subsampled, guide, COUNTS, 5, objective=FEW, resume=resume)
         assert torch.equal(resumed.guide.loc, expected.guide.loc)
         assert resumed.objective == expected.objective
         assert resumed.status is expected.status is FitStatus.MAX_STEPS
@@ -151,7 +151,7 @@ def test_resumed_walk_is_the_walk(step, monkeypatch, tmp_path):
 
 def test_walk_goes_on_with_more_steps():
     more = Stochastic(window=20, max_steps=160, lr=0.2)
-    expected = fit(subsampled, guide_for(subsampled), COUNTS, 5, optimizer=more)
-    short = fit(subsampled, guide_for(subsampled), COUNTS, 5, optimizer=FEW)
-    resumed = fit(subsampled, guide_for(subsampled), COUNTS, 5, optimizer=more, resume=short)
+    expected = fit(subsampled, guide_for(subsampled), COUNTS, 5, objective=more)
+    short = fit(subsampled, guide_for(subsampled), COUNTS, 5, objective=FEW)
+    resumed = fit(subsampled, guide_for(subsampled), COUNTS, 5, objective=more, resume=short)
     assert torch.equal(resumed.guide.loc, expected.guide.loc)

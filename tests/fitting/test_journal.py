@@ -135,8 +135,8 @@ def test_another_course_is_refused(stop):
 
 def test_the_message_has_both():
     journal = Journal([("marginal 0 ab", 1.0)])
-    with pytest.raises(ResumeError, match="it has 'marginal 0 ab' where this one has 'bound 16 ab'"):
-        journal.call("bound 16 ab", lambda: 2.0)
+    with pytest.raises(ResumeError, match="it has 'marginal 0 ab' where this one has 'ELBO 16 ab'"):
+        journal.call("ELBO 16 ab", lambda: 2.0)
     assert journal.call("marginal 0 ab", lambda: 2.0) == 1.0
 
 

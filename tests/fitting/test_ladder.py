@@ -1,6 +1,7 @@
 """A ladder ends where the next rung would change nothing, says so, and is the rung that it ended on."""
 
 import functools
+import math
 
 import pyro
 import pyro.distributions as dist
@@ -129,6 +130,21 @@ def test_notes_have_the_rungs_in_order():
     assert [note.split(" ")[1] for note in result.notes[:-1]] == rungs[:-1]
     assert [note.split(" ")[3].rstrip(",") for note in result.notes[:-1]] == rungs[1:]
     assert {step.stage for step in result.history} == {"marginal Laplace", "quadrature"}
+
+
+MOVES = {
+    (2.8e-17, 0.0, 5e-4, 9e-4): "means by under 0.001 sd and standard deviations by under 0.1 %, those of the units by "
+    "under 0.001 sd and under 0.1 %",
+    (0.0123, 0.00456, 0.5, 0.25): "means by 0.012 sd and standard deviations by 0.46 %, those of the units by 0.5 sd "
+    "and 25 %",
+    (math.inf, math.nan, 1.0, 1.0): "means by inf sd and standard deviations by nan %, those of the units by 1 sd "
+    "and 1e+02 %",
+}
+
+
+@pytest.mark.parametrize("move", MOVES)
+def test_rounding_errors_are_no_figures(move):
+    assert str(room._Move(*move)) == MOVES[move]
 
 
 def test_notes_are_printed():

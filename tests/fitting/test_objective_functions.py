@@ -1,4 +1,4 @@
-"""Bound objectives: against their formulas written out densely, finite differences, Pyro's ELBO, and exact evidence."""
+"""Objectives at a point: against formulas written out densely, finite differences, Pyro's ELBO, and exact evidence."""
 
 import math
 
@@ -13,11 +13,13 @@ from helpers.oracles import Figures, relative_error, slope
 from helpers.unit_models import UNIT_MODELS, UnitCase
 from pyro.infer import Trace_ELBO
 
-import laplace_amort.fitting.objectives.base
 from laplace_amort import SoftAbs, observed_information
 from laplace_amort.autodiff.batching import values_and_gradients
-from laplace_amort.fitting.objectives.elbo import Draws, ELBOFunction, antithetic_draws
+from laplace_amort.fitting.objectives import elbo as objectives_elbo
+from laplace_amort.fitting.objectives.draws import Draws, antithetic_draws
+from laplace_amort.fitting.objectives.elbo import ELBOFunction
 from laplace_amort.fitting.objectives.laplace import LaplaceFunction
+from laplace_amort.guide import problem as guide_problem
 from laplace_amort.guide.auto import AutoLaplaceFamily
 from laplace_amort.guide.heads import MarginalCurvature
 from laplace_amort.guide.problem import Problem
@@ -151,7 +153,7 @@ def test_elbo_of_every_parameter(option):
     name, options = OPTIONS[option]
     case, function = UNIT_MODELS[name](), make_elbo(UNIT_MODELS[name](), **options)
     compare(case, function, option.split(",")[0])
-    assert (function(function.point()).head_report.num_repaired > 0) == ("repaired" in option)
+    assert (function.problem.gaussian().head_report.num_repaired > 0) == ("repaired" in option)
     params, boosts = 2 * ("parameters" in option), 2 * ("boost" in option)
     assert len(function.parameters) == 1 + ("free" in option) + params + boosts
 
@@ -295,7 +297,7 @@ def forgotten(field):
         zero = [torch.zeros_like(p) for p in part] if isinstance(part, list) else torch.zeros_like(part)
         return found._replace(**{field: zero})
 
-    return laplace_amort.fitting.objectives.base, "values_and_gradients", pulls
+    return guide_problem, "values_and_gradients", pulls
 
 
 def flipped_log_det(self, original=Arrowhead.log_det):
@@ -339,6 +341,6 @@ def test_a_planted_bug_is_found(bug, monkeypatch):
 
 def test_draws_that_are_not_antithetic_are_found(monkeypatch):
     """The mean of such pairs is noisy even for a Gaussian model."""
-    monkeypatch.setattr(laplace_amort.fitting.objectives.base, "antithetic_draws", independent_draws)
+    monkeypatch.setattr(objectives_elbo, "antithetic_draws", independent_draws)
     found = make_elbo(conjugate(), num_draws=8)(numpy.array([CENTER + 0.7]))
     assert found.standard_error > 0.1

@@ -1,4 +1,4 @@
-"""Bound objectives where there is nothing to find: no error, words, and a way back; and where nothing is recorded."""
+"""Objectives where there is nothing to find: no error, words, and a way back; and where nothing is recorded."""
 
 import math
 from functools import partial
@@ -60,20 +60,21 @@ def test_where_there_is_no_objective(where):
     """Minus infinity and words, not an error; and no trace of it is left."""
     make, name, options, point, problem = NOWHERE[where]
     function = make(make_target(MODELS[name](), **options))
+    first = function.problem.memory()
     start, good = function.point(), function(function.point())
-    state = function.problem.guide.warm_start.state()
+    state = function.problem.memory()
     found = function(numpy.array(point))
     assert found.value == -math.inf
-    assert problem in found.problem
+    assert problem in found.failure
     assert found.gradient.shape == start.shape
     assert numpy.isnan(found.gradient).all()
     if "ModeNotFound" in problem:
-        assert not torch.equal(state[0], function.problem.first[0])  # from which it looked once more
-    if "ModeNotFound" in found.problem or "InformationError" in found.problem:
-        for before, after in zip(state, function.problem.guide.warm_start.state(), strict=True):
+        assert not torch.equal(state[0], first[0])  # from which it looked once more
+    if "ModeNotFound" in found.failure or "InformationError" in found.failure:
+        for before, after in zip(state, function.problem.memory(), strict=True):
             assert torch.equal(before, after)
     again = function(start)
-    assert (good.problem, again.problem) == ("", "")
+    assert (good.failure, again.failure) == ("", "")
     assert again.value == pytest.approx(good.value, rel=1e-8)
 
 
@@ -81,13 +82,13 @@ def test_where_there_is_no_objective(where):
 def test_recovers_from_a_bad_warm_start(make):
     """Modes that are not found from where they were last are found from the first start."""
     function = make(make_target(UNIT_MODELS["poisson_by_visit"]()))
-    expected, warm_start = function(function.point()), function.problem.guide.warm_start
-    warm_start.intercept.fill_(800.0)
+    expected, memory = function(function.point()), function.problem.memory()
+    function.problem.recall((torch.full_like(memory[0], 800.0), memory[1]))
     with pytest.raises(ModeNotFoundError):
         function._evaluate()
     found = function(function.point())
     assert found.value == pytest.approx(expected.value, rel=1e-8)
-    assert warm_start.intercept.abs().max() < 10
+    assert function.problem.memory()[0].abs().max() < 10
 
 
 def test_coordinates_where_there_are_none():
@@ -130,4 +131,4 @@ def test_a_huge_value_is_a_value():
     function = ELBO(make_target(UNIT_MODELS["poisson_by_visit"](), **FREE))
     found = function(numpy.array([0.0, 0.0] + [650.0] * 5))
     assert -math.inf < found.value < -1e280
-    assert not found.problem
+    assert not found.failure

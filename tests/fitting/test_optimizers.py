@@ -9,7 +9,7 @@ import scipy.optimize
 
 from laplace_amort.fitting import optimizers
 from laplace_amort.fitting.evaluation import Evaluation, FitStatus
-from laplace_amort.fitting.optimizers import Optimizer, QuasiNewton, TrustRegion, _Search, newton_decrement
+from laplace_amort.fitting.optimizers import Optimizer, QuasiNewton, TrustRegion, newton_decrement
 from laplace_amort.linalg.whitening import Whitening
 
 ARRAYS = numpy.random.default_rng(0)
@@ -64,7 +64,7 @@ def saddle(x):
 
 
 def nothing(x):
-    return Evaluation(-math.inf, numpy.full(len(x), numpy.nan), problem="nothing there")
+    return Evaluation(-math.inf, numpy.full(len(x), numpy.nan), failure="nothing there")
 
 
 def wall(x):
@@ -242,7 +242,7 @@ def test_a_start_without_a_value(optimizer):
     assert maximum.status is FitStatus.START_FAILED
     assert len(counted.points) == 1
     assert numpy.array_equal(maximum.point, start)
-    assert maximum.evaluation.problem == "nothing there"
+    assert maximum.evaluation.failure == "nothing there"
 
 
 @pytest.mark.parametrize("max_steps", [1, 5, 20])
@@ -314,7 +314,7 @@ def test_only_the_gradient_tells_where_values_are_rounded(name, monkeypatch):
         assert maximum.status is FitStatus.CONVERGED
         assert maximum.point == pytest.approx(expected, abs=1e-5)
         assert len(counted.points) <= 100
-    monkeypatch.setattr(_Search, "polish", lambda search: None)
+    monkeypatch.setattr(optimizers, "_NEAR", 0.0)
     without = [maximize(TrustRegion(), rounded(function), one)[0] for one in starts]
     assert sum(not maximum.status.ok for maximum in without) > 4
     assert max(maximum.gradient_norm for maximum in without) > 1e-5

@@ -19,7 +19,7 @@ from laplace_amort import (
     NestedELBO,
     StudentPoints,
 )
-from laplace_amort.fitting.objectives.elbo import elbo_whitening
+from laplace_amort.fitting.objectives.base import posterior_whitening
 from laplace_amort.fitting.objectives.nested import NestedFunction
 from laplace_amort.guide.problem import Problem
 from laplace_amort.units.integrals import Conditionals
@@ -90,7 +90,7 @@ def test_information_is_that_of_differences(name):
 
     expected = -finite_difference(slope, point, step=0.05, levels=6)
     found(point.numpy())
-    about = elbo_whitening(found.problem, len(point), with_units=False)
+    about = posterior_whitening(found.problem, len(point), with_units=False)
     information = torch.from_numpy(found.information(about))
     assert figures.add("information, differences", relative_error(information, expected)) < 1e-4
     assert torch.equal(information, information.mT)
@@ -113,7 +113,7 @@ def test_all_of_it_where_units_are_normal():
     evaluation = found(point.numpy())
     assert evaluation.value == pytest.approx(float(log_marginal(point)), abs=1e-10)
     assert relative_error(torch.from_numpy(evaluation.gradient), torch.func.grad(log_marginal)(point)) < 1e-9
-    information = torch.from_numpy(found.information(elbo_whitening(found.problem, 2, with_units=False)))
+    information = torch.from_numpy(found.information(posterior_whitening(found.problem, 2, with_units=False)))
     assert relative_error(information, -torch.func.hessian(log_marginal)(point)) < 1e-6
 
 
@@ -157,7 +157,7 @@ def test_differences_of_steps_in_the_wrong_unit_are_found(monkeypatch):
     """Planted: gradients along the steps taken for those in parameters."""
     found, point = function("poisson_by_visit", MarginalQuadrature(GaussHermite(4)))
     found(point.numpy())
-    about = elbo_whitening(found.problem, 2, with_units=False)
+    about = posterior_whitening(found.problem, 2, with_units=False)
     right = found.information(about)
     monkeypatch.setattr(numpy.linalg, "solve", lambda left, right: right)
     assert abs(found.information(about) - right).max() > 0.1 * abs(right).max()

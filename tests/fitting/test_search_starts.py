@@ -15,7 +15,7 @@ from pyro.distributions import constraints
 from pyro.util import get_rng_state
 
 from laplace_amort.fitting.evaluation import Evaluation, FitStatus, Maximum
-from laplace_amort.fitting.search import End, distinct, other_starts, random_starts
+from laplace_amort.fitting.search import distinct, other_starts, random_starts
 from laplace_amort.guide.auto import AutoLaplaceFamily
 from laplace_amort.guide.problem import Problem
 
@@ -140,11 +140,11 @@ OK, STUCK, LOST = FitStatus.CONVERGED, FitStatus.STUCK, FitStatus.START_FAILED
 def make_end(point, value, status=OK, information=None, error=0.0, num_starts=1):
     point = numpy.atleast_1d(numpy.array(point, dtype=float))
     matrix = None if information is None else information * numpy.eye(len(point))
-    return End(Maximum(point, Evaluation(value, 0 * point, matrix, error), status, 0.0), num_starts)
+    return Maximum(point, Evaluation(value, 0 * point, matrix, error), status, 0.0, num_starts)
 
 
 def summary(ends):
-    return [(float(end.maximum.point[0]), end.maximum.evaluation.value, end.num_starts) for end in distinct(ends)]
+    return [(float(end.point[0]), end.evaluation.value, end.num_starts) for end in distinct(ends)]
 
 
 def test_the_converged_come_first_and_of_these_the_best():
@@ -180,7 +180,7 @@ def test_which_two_ends_are_one(pair, order):
     assert len(found) == (1 if same else 2)
     assert sum(end.num_starts for end in found) == 2
     if pair != "no values":
-        assert found[0].maximum is ends[1].maximum
+        assert found[0].point is ends[1].point
 
 
 def test_starts_are_counted():
@@ -197,7 +197,7 @@ def test_whatever_the_order(order, statuses):
     ends = [make_end(i % 4, -float(i % 4) - 1e-3 * (i // 4), status) for i, status in enumerate(statuses)]
     found = distinct(ends[i] for i in order)
     assert [end.num_starts for end in found] == [2] * 4
-    places = [float(end.maximum.point[0]) for end in found]
+    places = [float(end.point[0]) for end in found]
     converged = {i % 4 for i, status in enumerate(statuses) if status is OK}
     assert places == sorted(range(4), key=lambda place: (place not in converged, place))
-    assert [end.maximum.status.ok for end in found] == [place in converged for place in places]
+    assert [end.status.ok for end in found] == [place in converged for place in places]

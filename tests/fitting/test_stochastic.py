@@ -6,21 +6,21 @@ import torch
 from helpers.fit_models import guide_for, poisson, poisson_counts, subsampled
 from pyro.infer import Trace_ELBO
 
-from laplace_amort import FitStatus, MarginalLaplace, ModelError, QuasiNewton, Stochastic, fit
-from laplace_amort.fitting.stochastic import Phase
+from laplace_amort import FitStatus, FixedDrawELBO, MarginalLaplace, ModelError, QuasiNewton, Stochastic, fit
+from laplace_amort.fitting.objectives.stochastic import WalkState
 from laplace_amort.linalg.whitening import Whitening
 
 Z = poisson_counts(40).double()[0]
 
 
-def phase_of(iterates, window=100):
-    """A phase with iterates ``(n, 1)`` behind it."""
+def state_of(iterates, window=100):
+    """A learning rate with iterates ``(n, 1)`` behind it."""
     whitening = Whitening.of_information(numpy.eye(1))
-    phase = Phase(0.1, numpy.zeros(1), whitening, torch.zeros(1))
+    state = WalkState(0.1, numpy.zeros(1), whitening, torch.zeros(1), torch.get_rng_state())
     for part in iterates.split(window):
-        phase.globals_.append(part)
-        phase.means.append(part.mean(0))
-    return phase
+        state.globals_.append(part)
+        state.means.append(part.mean(0))
+    return state
 
 
 def autoregression(n, coefficient, seed=0):
@@ -46,18 +46,18 @@ ITERATES = {
 @pytest.mark.parametrize("name", ITERATES)
 def test_when_iterates_count_as_stationary(name):
     iterates, expected = ITERATES[name]
-    assert phase_of(iterates).is_stationary(0.3) is expected
+    assert state_of(iterates).is_stationary(0.3) is expected
 
 
 def test_average_is_that_of_the_later_half():
     iterates = torch.cat([torch.full((200, 1), 7.0), torch.full((200, 1), 2.0)])
-    assert phase_of(iterates).average() == pytest.approx(2.0)
+    assert state_of(iterates).average() == pytest.approx(2.0)
 
 
 def test_minibatches_find_the_optimum_of_all():
     """Four minibatches of 10, to half a standard deviation; those of the noise at the end are below 0.1."""
-    expected = fit(subsampled, guide_for(subsampled), Z, None, num_draws=256)
-    result = fit(subsampled, guide_for(subsampled), Z, 10, optimizer=Stochastic(accuracy=0.4, window=50))
+    expected = fit(subsampled, guide_for(subsampled), Z, None, objective=FixedDrawELBO(num_draws=256))
+    result = fit(subsampled, guide_for(subsampled), Z, 10, objective=Stochastic(accuracy=0.4, window=50))
     assert result.status is FitStatus.CONVERGED
     sd = expected.standard_errors()["mu"]
     assert abs(result.guide.loc - expected.guide.loc) < 0.5 * sd
@@ -67,7 +67,7 @@ def test_minibatches_find_the_optimum_of_all():
 
 
 def test_minibatches_are_noticed():
-    few = fit(subsampled, guide_for(subsampled), Z, 10, optimizer=Stochastic(window=20, max_steps=20))
+    few = fit(subsampled, guide_for(subsampled), Z, 10, objective=Stochastic(window=20, max_steps=20))
     assert few.status is FitStatus.MAX_STEPS
     assert few.gaussian.local_loc.shape == (10, 1)
     with pytest.raises(ModelError, match=r"takes 10 of 40 units of plate 'units'.*\n.*Stochastic\(\)"):
@@ -97,7 +97,7 @@ def test_any_optimizer_of_torch_and_any_elbo_of_pyro(optimizer, settings, elbo):
     z = poisson_counts(20)
     guide = guide_for(poisson)
     how = Stochastic(optimizer, lr=0.1, elbo=elbo, window=20, max_steps=40, settings=settings)
-    result = fit(poisson, guide, z, optimizer=how)
+    result = fit(poisson, guide, z, objective=how)
     expected = fit(poisson, guide_for(poisson), z)
     sd = torch.stack([expected.standard_errors()[name] for name in ("mu", "tau")])
     assert ((result.guide.loc - expected.guide.loc).abs() < 2 * sd).all()
@@ -116,12 +116,12 @@ def test_steps_that_fail_are_stepped_back_from(monkeypatch):
 
     elbo.loss_and_grads = sometimes
     how = Stochastic(elbo=elbo, window=20, max_steps=40)
-    result = fit(subsampled, guide_for(subsampled), Z, 10, optimizer=how)
+    result = fit(subsampled, guide_for(subsampled), Z, 10, objective=how)
     assert result.status is FitStatus.MAX_STEPS
     assert any("the loss is nan" in step.problem for step in result.history)
     assert result.guide.loc.isfinite().all()
     elbo.loss_and_grads = lambda *args: float("nan")
-    result = fit(subsampled, guide_for(subsampled), Z, 10, optimizer=how)
+    result = fit(subsampled, guide_for(subsampled), Z, 10, objective=how)
     assert result.status is FitStatus.START_FAILED
 
 

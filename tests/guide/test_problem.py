@@ -10,7 +10,8 @@ from torch.distributions import biject_to, constraints, transforms
 
 from laplace_amort import AutoLaplaceFamily
 from laplace_amort.errors import ModelError
-from laplace_amort.guide import Problem, is_exponential
+from laplace_amort.guide import Problem
+from laplace_amort.guide.gaussian import is_exponential
 
 Z = torch.tensor([0.5, -1.0, 2.0, 0.0], dtype=torch.float64)
 

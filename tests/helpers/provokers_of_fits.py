@@ -25,6 +25,7 @@ from helpers.fit_models import (
 from helpers.planted_guides import make_guide, model
 from helpers.provokers import Z, counts_model
 from laplace_amort import (
+    FixedDrawELBO,
     GaussHermite,
     LogJoint,
     MarginalLaplace,
@@ -190,8 +191,17 @@ FIT_MESSAGES = {
     "TypeError: objective must be one such as": lambda: fit(
         gaussian, guide_for(gaussian), Z, objective=pyro.infer.Trace_ELBO()
     ),
-    "TypeError: optimizer must be TrustRegion(), QuasiNewton() or Stochastic()": lambda: fit(
+    "TypeError: optimizer must be TrustRegion() or QuasiNewton()": lambda: fit(
         gaussian, guide_for(gaussian), Z, optimizer=torch.optim.Adam
+    ),
+    "DeprecationWarning: Stochastic is an objective": lambda: fit(
+        gaussian, guide_for(gaussian), Z, optimizer=Stochastic(window=20, max_steps=20)
+    ),
+    "DeprecationWarning: num_draws is a setting of FixedDrawELBO": lambda: fit(
+        gaussian, guide_for(gaussian), Z, num_draws=4
+    ),
+    "TypeError: Stochastic() steps by an optimizer of torch's, and ... is another.": lambda: fit(
+        gaussian, guide_for(gaussian), Z, objective=Stochastic(), optimizer=QuasiNewton()
     ),
     "TypeError: Stochastic() follows the ELBO of the guide, and ...() is another objective.": lambda: fit(
         gaussian, guide_for(gaussian), Z, objective=MarginalLaplace(), optimizer=Stochastic()
@@ -199,7 +209,7 @@ FIT_MESSAGES = {
     "TypeError: TrustRegion needs an objective with second derivatives": lambda: fit(
         gaussian, guide_for(gaussian), Z, optimizer=TrustRegion()
     ),
-    "ValueError: num_draws must be even": lambda: fit(gaussian, guide_for(gaussian), Z, num_draws=5),
+    "ValueError: num_draws must be even": lambda: FixedDrawELBO(num_draws=5),
     "ValueError: a grid of ... points along each of the ... dimensions of a unit has": lambda: GaussHermite(9).points(
         4, Z
     ),

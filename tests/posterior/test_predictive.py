@@ -334,8 +334,8 @@ def test_new_units_without_globals_or_data():
 def test_minibatches():
     """Nothing is known of all units at once; but new ones may have data."""
     z = torch.poisson(torch.ones(20))
-    optimizer = Stochastic(window=20, max_steps=20)
-    result = fit(subsampled, guide_for(subsampled), z, size=5, optimizer=optimizer, progress=False)
+    objective = Stochastic(window=20, max_steps=20)
+    result = fit(subsampled, guide_for(subsampled), z, size=5, objective=objective, progress=False)
     for refused in (result.predictive, result.to_arviz):
         with pytest.raises(ModelError, match="the fit took 5 of 20 of plate 'units' at a time"):
             refused()

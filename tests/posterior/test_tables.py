@@ -111,8 +111,8 @@ def test_quantiles_of_globals_are_those_of_the_table(result):
 
 def test_units_of_a_minibatch_bear_their_own_numbers():
     z = torch.poisson(torch.ones(20))
-    optimizer = Stochastic(window=20, max_steps=20)
-    found = fit(subsampled, guide_for(subsampled), z, 5, optimizer=optimizer, progress=False).posterior
+    objective = Stochastic(window=20, max_steps=20)
+    found = fit(subsampled, guide_for(subsampled), z, 5, objective=objective, progress=False).posterior
     assert list(found.units_to_frame(num_samples=20)["unit"]) == found.gaussian.unit_model.units.tolist()
 
 

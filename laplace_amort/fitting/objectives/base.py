@@ -1,4 +1,4 @@
-"""Objectives function to a guide and its data: functions of one vector of parameters.
+"""What an objective is: settings that say how to maximize it, and a function of the parameters of a guide at its data.
 
 A point where an objective does not exist, because a mode was not found or a density overflowed, has the value minus
 infinity and says why.
@@ -6,6 +6,7 @@ infinity and says why.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -19,21 +20,54 @@ from laplace_amort.errors import NUMERICAL_ERRORS, ModeNotFoundError
 from laplace_amort.fitting.evaluation import Evaluation, Maximum
 from laplace_amort.fitting.history import History
 from laplace_amort.fitting.optimizers import Optimizer
-from laplace_amort.guide import LaplaceGaussian, Problem, set_vector, to_vector
+from laplace_amort.guide import LaplaceGaussian, MarginalCurvature, Problem, set_vector, to_vector
+from laplace_amort.linalg import Whitening
 from laplace_amort.posterior import Posterior
 from laplace_amort.types import Vector
+from laplace_amort.units import Integrals, ModeStatus
 
-__all__ = ["Objective", "ObjectiveFunction"]
+__all__ = ["Objective", "ObjectiveFunction", "posterior_whitening", "refuse_lost_units"]
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """What a fit maximizes; any object with these."""
+
+    @property
+    def start_with(self) -> Objective | None:
+        """An objective whose optimum is the start; None for none."""
+
+    @property
+    def default_optimizer(self) -> Optimizer:
+        """What suits it."""
+
+    def check(self, problem: Problem) -> None:
+        """Refuse a model that this is no objective for.
+
+        :raises ModelError: naming what is in the way.
+        """
+
+    def climb(self, history: History, optimizer: Optimizer) -> Maximum:
+        """Maximize from where the guide stands, and put the guide there."""
+
+    def gaussian(self, problem: Problem, maximum: Maximum) -> LaplaceGaussian:
+        """Return the posterior where the guide stands, as a Gaussian."""
+
+    def posterior(self, problem: Problem, gaussian: LaplaceGaussian, seed: int) -> Posterior:
+        """Return the posterior for use, as good as this objective knows it.
+
+        :param Problem problem: the model at its data.
+        :param LaplaceGaussian gaussian: what :meth:`gaussian` returned.
+        :param int seed: of draws.
+        """
 
 
 class ObjectiveFunction(ABC):
-    """What both have in common: parameters as a vector, and points where nothing can be computed.
+    """An objective as a function of one vector of parameters of a guide, for which subclasses have the formula.
 
     :param Problem problem: the guide and the data.
     :param parameters: leaves, to be moved in place.
     """
-
-    num_draws = 0
 
     def __init__(self, problem: Problem, parameters: Sequence[Tensor]) -> None:
         self.problem = problem
@@ -77,43 +111,43 @@ class ObjectiveFunction(ABC):
     def _evaluate(self) -> Evaluation:
         """Evaluate where the parameters stand."""
 
-
-def _nothing(point: Vector, problem: str) -> Evaluation:
-    return Evaluation(-math.inf, numpy.full_like(point, numpy.nan), problem=problem)
-
-
-def _numpy(tensor: Tensor) -> Vector:
-    return tensor.double().cpu().numpy()
+    def _gradients_of(self, value: Tensor) -> tuple[Tensor, ...]:
+        """Return the gradient of a value in each of the parameters; zeros where it does not depend on it."""
+        return torch.autograd.grad(value, self.parameters, allow_unused=True, materialize_grads=True)
 
 
-@runtime_checkable
-class Objective(Protocol):
-    """What a fit maximizes; any object with these."""
+def _nothing(point: Vector, failure: str) -> Evaluation:
+    return Evaluation(-math.inf, numpy.full_like(point, numpy.nan), failure=failure)
 
-    @property
-    def start_with(self) -> Objective | None:
-        """An objective whose optimum is the start; None for none."""
 
-    @property
-    def default_optimizer(self) -> Optimizer:
-        """What suits it."""
+def posterior_whitening(problem: Problem, size: int, with_units: bool) -> Whitening:
+    """Return coordinates in which the posterior is standard normal, as far as the marginal curvature knows it.
 
-    def check(self, problem: Problem) -> None:
-        """Refuse a model that this is no objective for.
+    :param Problem problem: the guide and the data.
+    :param int size: number of parameters.
+    :param bool with_units: whether the centers of the units are among them.
+    """
+    try:
+        with torch.no_grad():
+            gaussian = problem.gaussian(mode=problem.mode, head=MarginalCurvature())
+    except NUMERICAL_ERRORS:  # a start far away, from which the optimizer has to come back
+        return dataclasses.replace(Whitening.of_information(numpy.eye(len(problem.loc))), size=size)
+    return Whitening(gaussian.precision, with_units, size)
 
-        :raises ModelError: naming what is in the way.
-        """
 
-    def gaussian(self, problem: Problem, maximum: Maximum) -> LaplaceGaussian:
-        """Return the posterior where the guide stands, as a Gaussian."""
+def refuse_lost_units(problem: Problem, found: Integrals) -> None:
+    """Raise where the mode of a unit was not found.
 
-    def posterior(self, problem: Problem, gaussian: LaplaceGaussian, seed: int) -> Posterior:
-        """Return the posterior for use, as good as this objective knows it.
-
-        :param Problem problem: the model at its data.
-        :param LaplaceGaussian gaussian: what :meth:`gaussian` returned.
-        :param int seed: of draws.
-        """
-
-    def climb(self, run: History, optimizer: Optimizer) -> Maximum:
-        """Maximize from where the guide stands, and put the guide there."""
+    :param Problem problem: has the names of the units.
+    :param Integrals found: over its units.
+    :raises ModeNotFoundError: naming the first.
+    """
+    lost = found.lost.any(0).nonzero().squeeze(-1).tolist()
+    if lost:
+        raise ModeNotFoundError(
+            f"the conditional mode was not found for {len(lost)} of {found.lost.shape[1]} units, the first of them "
+            f"{problem.unit_model.describe(lost[0])}. Did the globals run away? Start elsewhere:\n"
+            "    fit(model, guide, *args, starts=20)",
+            units=problem.unit_model.units[lost].tolist(),
+            status=[ModeStatus.MAX_STEPS] * len(lost),
+        )

@@ -1,16 +1,13 @@
-"""What a fit maximizes, and how it goes about it."""
+"""The ELBO of a guide on fixed draws, as an objective, with as many draws as it takes."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
-import numpy
 import torch
 from torch import Tensor
 
@@ -18,15 +15,16 @@ from laplace_amort.errors import NUMERICAL_ERRORS
 from laplace_amort.fitting.evaluation import Evaluation, FitStatus, Maximum
 from laplace_amort.fitting.history import CHECK, History
 from laplace_amort.fitting.identification import is_flat
-from laplace_amort.fitting.objectives.base import Objective, ObjectiveFunction
+from laplace_amort.fitting.objectives.base import Objective, ObjectiveFunction, posterior_whitening
+from laplace_amort.fitting.objectives.draws import Draws, antithetic_draws, mean_of_pairs
 from laplace_amort.fitting.objectives.laplace import LaplaceFunction, MarginalLaplace
 from laplace_amort.fitting.optimizers import Optimizer, QuasiNewton
-from laplace_amort.guide import LaplaceGaussian, MarginalCurvature, Problem, to_vector
+from laplace_amort.guide import LaplaceGaussian, Problem, to_vector
 from laplace_amort.linalg import Whitening
 from laplace_amort.posterior import LinearUnits, Posterior, gaussian_sample
 from laplace_amort.units import FreeMode
 
-__all__ = ["Draws", "ELBOFunction", "FixedDrawELBO", "antithetic_draws", "elbo_whitening", "mean_of_pairs"]
+__all__ = ["ELBOFunction", "FixedDrawELBO"]
 
 # Times max_draws that the noise on few draws may call for before more are not even tried.
 _HOPELESS = 100
@@ -104,22 +102,23 @@ class FixedDrawELBO:
         """What suits it: there is no second derivative."""
         return QuasiNewton()
 
-    def climb(self, run: History, optimizer: Optimizer) -> Maximum:
+    def climb(self, history: History, optimizer: Optimizer) -> Maximum:
         """Maximize from where the guide stands, with as many draws as it takes, and put the guide there."""
-        return _unless_flat(run, self._climb(run, optimizer))
+        return _unless_flat(history, self._climb(history, optimizer))
 
-    def _climb(self, run: History, optimizer: Optimizer) -> Maximum:
-        num_draws, seed = self.num_draws, run.seed
+    def _climb(self, history: History, optimizer: Optimizer) -> Maximum:
+        num_draws, seed = self.num_draws, history.seed
         while True:
             # Draws of every round are others, so that nothing is an optimum by chance twice.
-            function, fresh = self.bind(run.problem, num_draws, seed), self.bind(run.problem, num_draws, seed + 1)
-            whitening = run.timed("whitening", function.whitening)
+            function, fresh = (self.bind(history.problem, num_draws, one) for one in (seed, seed + 1))
+            whitening = history.timed("whitening", function.whitening)
             norm = _norm_in(whitening)
-            maximum = optimizer.maximize(run.function("ELBO", function, norm), function.point(), _always(whitening))
+            watched = history.watched("ELBO", function, norm, num_draws)
+            maximum = optimizer.maximize(watched, function.point(), _always(whitening))
             function.move(maximum.point)
             if not maximum.status.ok or not len(maximum.point):
                 return maximum
-            check = run.function(CHECK, fresh, norm)(maximum.point)
+            check = history.watched(CHECK, fresh, norm, num_draws)(maximum.point)
             needed = self._needed(num_draws, maximum.evaluation, check, whitening)
             if needed <= num_draws:
                 return maximum
@@ -129,7 +128,7 @@ class FixedDrawELBO:
             seed += 2
 
     def _needed(self, num_draws: int, found: Evaluation, fresh: Evaluation, whitening: Whitening) -> int:
-        """How many draws it seems to take: the square of a shift falls with their number."""
+        """Return how many draws it seems to take: the square of a shift falls with their number."""
         if fresh.value == -math.inf:
             return 2 * num_draws
         pull, d = whitening.vjp(fresh.gradient), whitening.precision.global_dim
@@ -141,19 +140,6 @@ class FixedDrawELBO:
         return max(num_draws + 2, 2 * math.ceil(num_draws / 2 * (shift / self.accuracy) ** 2))
 
 
-def _unless_flat(run: History, maximum: Maximum) -> Maximum:
-    """Say so where the globals are not identified: a search that sees gradients only takes a plain for a top."""
-    d = len(run.problem.loc)
-    if not d or maximum.status is FitStatus.START_FAILED:
-        return maximum
-    # The ELBO is flat where the log density is, of which the marginal density has the second derivative at hand.
-    found: Evaluation = run.timed("curvature", lambda: LaplaceFunction(run.problem)(maximum.point[:d]))
-    if found.information is None or not is_flat(found.information, found.rounding):
-        return maximum
-    evaluation = maximum.evaluation._replace(information=found.information)
-    return maximum._replace(evaluation=evaluation, status=FitStatus.NO_MAXIMUM)
-
-
 def _norm_in(whitening: Whitening) -> Callable[[Evaluation], float]:
     return lambda found: whitening.norm(found.gradient)
 
@@ -162,48 +148,17 @@ def _always(whitening: Whitening) -> Callable[[], Whitening]:
     return lambda: whitening
 
 
-class Draws(NamedTuple):
-    """Standard normal numbers for globals and units.
-
-    :param Tensor global_: ``(S, d)``.
-    :param Tensor local: ``(S, N, k)``.
-    """
-
-    global_: Tensor
-    local: Tensor
-
-    def half_squares(self) -> Tensor:
-        """Half the sum of squares of each draw, ``(S,)``; its mean over all draws there are is half the dimension."""
-        return ((self.global_**2).sum(-1) + (self.local**2).flatten(1).sum(-1)) / 2
-
-
-def antithetic_draws(num_draws: int, global_: Tensor, local: Tensor, seed: int) -> Draws:
-    """Return draws in pairs of opposite sign, so that all odd moments are exactly zero.
-
-    Do not take an odd number of them. Pairs are independent of each other: a standard error is that of their averages.
-
-    :param int num_draws: ``S``, even.
-    :param Tensor global_: has the shape ``(d,)``, dtype and device of the globals.
-    :param Tensor local: ``(N, k)``, the same for the units.
-    :param int seed: of a generator of its own; that of torch stays as it is.
-    :raises ValueError: if the number is odd or not positive.
-
-    Example::
-
-        >>> import torch
-        >>> draws = antithetic_draws(4, torch.zeros(2), torch.zeros(3, 1), seed=0)
-        >>> draws.local.shape, draws.global_.sum().item()
-        (torch.Size([4, 3, 1]), 0.0)
-    """
-    if num_draws < 2 or num_draws % 2:
-        raise ValueError(f"draws come in pairs of opposite sign, so their number must be even, got {num_draws}")
-    generator = torch.Generator().manual_seed(seed)
-
-    def pairs(like: Tensor) -> Tensor:
-        half = torch.randn(num_draws // 2, *like.shape, generator=generator, dtype=torch.float64).to(like)
-        return torch.cat([half, -half])
-
-    return Draws(pairs(global_), pairs(local))
+def _unless_flat(history: History, maximum: Maximum) -> Maximum:
+    """Say so where the globals are not identified: a search that sees gradients only takes a plain for a top."""
+    d = len(history.problem.loc)
+    if not d or maximum.status is FitStatus.START_FAILED:
+        return maximum
+    # The ELBO is flat where the log density is, of which the marginal density has the second derivative at hand.
+    found: Evaluation = history.timed("curvature", lambda: LaplaceFunction(history.problem)(maximum.point[:d]))
+    if found.information is None or not is_flat(found.information, found.rounding):
+        return maximum
+    evaluation = maximum.evaluation._replace(information=found.information)
+    return maximum._replace(evaluation=evaluation, status=FitStatus.NO_MAXIMUM)
 
 
 class ELBOFunction(ObjectiveFunction):
@@ -229,7 +184,7 @@ class ELBOFunction(ObjectiveFunction):
     def whitening(self) -> Whitening:
         """Return coordinates in which the posterior is standard normal, as far as the marginal curvature knows it."""
         size = sum(p.numel() for p in self.parameters)
-        return elbo_whitening(self.problem, size, isinstance(self.problem.guide.mode, FreeMode))
+        return posterior_whitening(self.problem, size, isinstance(self.problem.guide.mode, FreeMode))
 
     def _evaluate(self) -> Evaluation:
         problem = self.problem
@@ -237,20 +192,15 @@ class ELBOFunction(ObjectiveFunction):
             gaussian = problem.gaussian()
             global_, local = self._at(gaussian)
             half_log_det = gaussian.precision.log_det() / 2
-        at_draws = problem.gradients(global_.detach(), local.detach())
-        terms = at_draws.values + self._entropy(gaussian)
+        found = problem.gradients(global_.detach(), local.detach())
         with torch.enable_grad():
-            # What has the gradient of the mean over draws, without the graph of the model's run at any of them.
-            surrogate = (
-                (at_draws.in_global * global_).sum() + (at_draws.in_local * local).sum()
-            ) / self.num_draws - half_log_det
-        found = torch.autograd.grad(surrogate, self.parameters, allow_unused=True)
-        gradient = [torch.zeros_like(p) if g is None else g for p, g in zip(self.parameters, found, strict=True)]
-        for parameter, part in zip(problem.model_parameters, at_draws.in_parameters, strict=True):
-            index = next(i for i, p in enumerate(self.parameters) if p is parameter)
-            gradient[index] = gradient[index] + part / self.num_draws
-        value, error = mean_of_pairs(terms)
-        return Evaluation(value, to_vector(gradient), standard_error=error, head_report=gaussian.head_report)
+            # What has the gradient of the sum over draws, without the graph of the model's run at any of them.
+            pulled = (found.in_global * global_).sum() + (found.in_local * local).sum()
+            for parameter, part in zip(problem.model_parameters, found.in_parameters, strict=True):
+                pulled = pulled + (part * parameter).sum()
+            surrogate = pulled / self.num_draws - half_log_det
+        value, error = mean_of_pairs(found.values + self._entropy(gaussian))
+        return Evaluation(value, to_vector(self._gradients_of(surrogate)), standard_error=error)
 
     @torch.no_grad()
     def values(self) -> Tensor:
@@ -260,34 +210,12 @@ class ELBOFunction(ObjectiveFunction):
         return self.problem.values(global_, local) + self._entropy(gaussian)
 
     def _at(self, gaussian: LaplaceGaussian) -> tuple[Tensor, Tensor]:
-        """Globals ``(S, d)`` and units ``(S, N, k)`` of all draws."""
+        """Return globals ``(S, d)`` and units ``(S, N, k)`` of all draws."""
         deviation, local_deviation = gaussian.precision.draw(*self.draws)
         return gaussian.global_loc + deviation, gaussian.local_loc + local_deviation
 
     def _entropy(self, gaussian: LaplaceGaussian) -> Tensor:
-        """Minus the log density of the guide at its draws, ``(S,)``, without a graph."""
+        """Return minus the log density of the guide at its draws, ``(S,)``, without a graph."""
         dimension = gaussian.global_loc.numel() + gaussian.local_loc.numel()
         log_det = gaussian.precision.log_det().detach()
         return self.draws.half_squares() + (dimension * math.log(2 * math.pi) - log_det) / 2
-
-
-def elbo_whitening(problem: Problem, size: int, with_units: bool) -> Whitening:
-    """Return coordinates in which the posterior is standard normal, as far as the marginal curvature knows it.
-
-    :param Problem problem: the guide and the data.
-    :param int size: number of parameters.
-    :param bool with_units: whether the centers of the units are among them.
-    """
-    try:
-        with torch.no_grad():
-            gaussian = problem.gaussian(mode=problem.mode, head=MarginalCurvature())
-    except NUMERICAL_ERRORS:  # a start far away, from which the optimizer has to come back
-        return dataclasses.replace(Whitening.of_information(numpy.eye(len(problem.loc))), size=size)
-    return Whitening(gaussian.precision, with_units, size)
-
-
-def mean_of_pairs(terms: Tensor) -> tuple[float, float]:
-    """Return mean and standard error of terms ``(S,)`` of antithetic draws, pairs half their number apart."""
-    pairs = terms.double().unflatten(0, (2, -1)).mean(0)
-    error = float(pairs.std()) / len(pairs) ** 0.5 if len(pairs) > 1 else math.inf
-    return float(pairs.mean()), error

@@ -24,9 +24,11 @@ __all__ = ["Ladder"]
 
 # Draws by which two rungs are compared.
 _DRAWS = 32
+# Standard deviations, and shares of one, that are not told from none: rounding errors would be.
+_NOTHING = 1e-3
 
 
-class _Step(NamedTuple):
+class _Move(NamedTuple):
     """By how much the next rung moves the posterior, at most: in posterior standard deviations, and as shares of them.
 
     :param float mean: means of the globals.
@@ -46,9 +48,17 @@ class _Step(NamedTuple):
 
     def __str__(self) -> str:
         return (
-            f"means by {self.mean:.2g} sd and standard deviations by {100 * self.sd:.2g} %, those of the units by "
-            f"{self.unit_mean:.2g} sd and {100 * self.unit_sd:.2g} %"
+            f"means by {_in_sds(self.mean)} and standard deviations by {_in_percent(self.sd)}, those of the units by "
+            f"{_in_sds(self.unit_mean)} and {_in_percent(self.unit_sd)}"
         )
+
+
+def _in_sds(move: float) -> str:
+    return f"under {_NOTHING:g} sd" if move < _NOTHING else f"{move:.2g} sd"
+
+
+def _in_percent(share: float) -> str:
+    return f"under {100 * _NOTHING:g} %" if share < _NOTHING else f"{100 * share:.2g} %"
 
 
 @dataclass(frozen=True)
@@ -103,26 +113,25 @@ class Ladder:
         """Refuse what this objective is none for; see :class:`~laplace_amort.fitting.objectives.base.Objective`."""
         MarginalQuadrature().check(problem)
 
-    def climb(self, run: History, optimizer: Optimizer) -> Maximum:
+    def climb(self, history: History, optimizer: Optimizer) -> Maximum:
         """Climb from where the guide stands, and put the guide at the optimum of the last rung."""
-        k, notes = run.problem.start.shape[1], []
+        k, notes = history.problem.start.shape[1], []
         rung: MarginalLaplace | MarginalQuadrature = MarginalLaplace()
         rule: QuadratureRule = Laplace()
-        maximum = rung.climb(run, optimizer if isinstance(optimizer, TrustRegion) else rung.default_optimizer)
+        maximum = rung.climb(history, optimizer if isinstance(optimizer, TrustRegion) else rung.default_optimizer)
         while maximum.status.ok:
             finer = rule.finer(k)
-            step = _compared(run, maximum, rule, finer)
-            if step.within(self.accuracy):
-                notes.append(f"{rule} is enough: {finer} would move {step}")
+            move = _compared(history, maximum, rule, finer)
+            if move.within(self.accuracy):
+                notes.append(f"{rule} is enough: {finer} would move {move}")
                 break
-            if len(finer.points(k, run.problem.loc).points) > self.max_points:
-                notes.append(f"{rule} is the last rung, although {finer} would move {step}: see diagnose(result)")
+            if len(finer.points(k, history.problem.loc).points) > self.max_points:
+                notes.append(f"{rule} is the last rung, although {finer} would move {move}: see diagnose(result)")
                 break
-            notes.append(f"from {rule} to {finer}, which moves {step}")
+            notes.append(f"from {rule} to {finer}, which moves {move}")
             rung, rule = MarginalQuadrature(finer), finer
-            maximum = rung.climb(run, optimizer if isinstance(optimizer, QuasiNewton) else rung.default_optimizer)
-        run.settle(maximum, rung, notes)
-        return maximum
+            maximum = rung.climb(history, optimizer if isinstance(optimizer, QuasiNewton) else rung.default_optimizer)
+        return maximum._replace(objective=rung, notes=tuple(notes))
 
     def gaussian(self, problem: Problem, maximum: Maximum) -> LaplaceGaussian:
         """Return the posterior as a Gaussian, with the curvature of the last rung for the globals."""
@@ -133,18 +142,18 @@ class Ladder:
         return MarginalLaplace().posterior(problem, gaussian, seed)
 
 
-def _compared(run: History, maximum: Maximum, rule: QuadratureRule, finer: QuadratureRule) -> _Step:
+def _compared(history: History, maximum: Maximum, rule: QuadratureRule, finer: QuadratureRule) -> _Move:
     """Compare two rules where the guide stands; what is kept for a fit that goes on are numbers."""
-    return _Step(*run.timed(f"{rule} against {finer}", lambda: tuple(_step(run.problem, maximum, rule, finer))))
+    return _Move(*history.timed(f"{rule} against {finer}", lambda: tuple(_move(history.problem, maximum, rule, finer))))
 
 
 @torch.no_grad()
-def _step(problem: Problem, maximum: Maximum, rule: QuadratureRule, finer: QuadratureRule) -> _Step:
+def _move(problem: Problem, maximum: Maximum, rule: QuadratureRule, finer: QuadratureRule) -> _Move:
     try:
         gaussian = MarginalLaplace().gaussian(problem, maximum)
-        return _Step(*_moved(problem.integrals, gaussian, rule, finer), *_units_moved(problem, gaussian, rule, finer))
+        return _Move(*_moved(problem.integrals, gaussian, rule, finer), *_units_moved(problem, gaussian, rule, finer))
     except NUMERICAL_ERRORS:
-        return _Step(*[numpy.inf] * 4)
+        return _Move(*[numpy.inf] * 4)
 
 
 def _moved(

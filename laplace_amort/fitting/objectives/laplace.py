@@ -10,9 +10,9 @@ import torch
 
 from laplace_amort.fitting.evaluation import Evaluation, Maximum
 from laplace_amort.fitting.history import History
-from laplace_amort.fitting.objectives.base import Objective, ObjectiveFunction, _numpy
+from laplace_amort.fitting.objectives.base import Objective, ObjectiveFunction
 from laplace_amort.fitting.optimizers import Optimizer, TrustRegion, newton_decrement
-from laplace_amort.guide import Head, KnownCurvature, LaplaceGaussian, MarginalCurvature, Problem
+from laplace_amort.guide import Head, KnownCurvature, LaplaceGaussian, MarginalCurvature, Problem, to_vector
 from laplace_amort.linalg import Whitening
 from laplace_amort.posterior import NestedUnits, Posterior, marginal_sample
 from laplace_amort.units import Laplace, NewtonMode, default_tolerance, laplace_marginal
@@ -66,10 +66,10 @@ class MarginalLaplace:
         """What suits it: Newton's method."""
         return TrustRegion()
 
-    def climb(self, run: History, optimizer: Optimizer) -> Maximum:
+    def climb(self, history: History, optimizer: Optimizer) -> Maximum:
         """Maximize from where the guide stands, and put the guide there."""
-        function = self.bind(run.problem)
-        value = run.function("marginal Laplace", function, newton_decrement)
+        function = self.bind(history.problem)
+        value = history.watched("marginal Laplace", function, newton_decrement)
         start = function.point()
 
         def whitening() -> Whitening:
@@ -101,4 +101,5 @@ class LaplaceFunction(ObjectiveFunction):
         local = self.mode.find(model, global_, problem.start)
         found = laplace_marginal(model.log_joint, global_, local, problem.weight)
         problem.remember(local, found.regression)
-        return Evaluation(float(found.value), _numpy(found.gradient), _numpy(found.information))
+        information = found.information.double().cpu().numpy()
+        return Evaluation(float(found.value), to_vector([found.gradient]), information)

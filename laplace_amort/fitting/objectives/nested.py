@@ -1,4 +1,4 @@
-"""TODO."""
+"""The ELBO of a guide whose units follow every draw of the globals, as an objective."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from laplace_amort.fitting.evaluation import Evaluation
-from laplace_amort.fitting.objectives.base import ObjectiveFunction
-from laplace_amort.fitting.objectives.elbo import FixedDrawELBO, antithetic_draws, elbo_whitening, mean_of_pairs
-from laplace_amort.fitting.objectives.quadrature import _refuse_lost
+from laplace_amort.fitting.objectives.base import ObjectiveFunction, posterior_whitening, refuse_lost_units
+from laplace_amort.fitting.objectives.draws import antithetic_draws, mean_of_pairs
+from laplace_amort.fitting.objectives.elbo import FixedDrawELBO
 from laplace_amort.guide import LaplaceGaussian, Problem, to_vector
 from laplace_amort.linalg import Whitening
 from laplace_amort.posterior import NestedUnits, Posterior, gaussian_sample
@@ -75,12 +75,12 @@ class NestedFunction(ObjectiveFunction):
 
     @cached_property
     def noise(self) -> Tensor:
-        """The draws, ``(S, d)``."""
+        """The draws of the globals, ``(S, d)``."""
         return antithetic_draws(self.num_draws, self.problem.loc, self.problem.start[:0], self.seed).global_
 
     def whitening(self) -> Whitening:
         """Return coordinates in which the posterior is standard normal, as far as the marginal curvature knows it."""
-        return elbo_whitening(self.problem, sum(p.numel() for p in self.parameters), with_units=False)
+        return posterior_whitening(self.problem, sum(p.numel() for p in self.parameters), with_units=False)
 
     def _evaluate(self) -> Evaluation:
         with torch.enable_grad():
@@ -91,13 +91,11 @@ class NestedFunction(ObjectiveFunction):
         found = self.problem.integrals.values_and_gradients(
             self.points, QuadraturePoints.mean_gain, fixed, self.problem.start_at(fixed)
         )
-        _refuse_lost(self.problem, found)
+        refuse_lost_units(self.problem, found)
         with torch.enable_grad():
             surrogate = (found.gradients * globals_).sum() / self.num_draws + log_det
-        pulls = torch.autograd.grad(surrogate, self.parameters, allow_unused=True)
-        gradient = [torch.zeros_like(p) if g is None else g for p, g in zip(self.parameters, pulls, strict=True)]
         value, error = mean_of_pairs(found.values + self._entropy(log_det))
-        return Evaluation(value, to_vector(gradient), standard_error=error, head_report=gaussian.head_report)
+        return Evaluation(value, to_vector(self._gradients_of(surrogate)), standard_error=error)
 
     @torch.no_grad()
     def values(self) -> Tensor:
@@ -116,7 +114,7 @@ class NestedFunction(ObjectiveFunction):
         return gaussian.global_loc + self.noise @ gaussian.precision.global_scale_tril.mT
 
     def _entropy(self, log_det: Tensor) -> Tensor:
-        """Minus the log density of the globals at their draws, ``(S,)``, without a graph."""
+        """Return minus the log density of the globals at their draws, ``(S,)``, without a graph."""
         return (self.noise**2).sum(-1) / 2 + self.noise.shape[1] / 2 * math.log(2 * math.pi) + log_det.detach()
 
 

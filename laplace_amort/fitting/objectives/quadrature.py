@@ -1,4 +1,4 @@
-"""What a fit maximizes when it integrates over each unit, instead of trusting in one Gaussian for all."""
+"""The marginal density of the globals with each unit integrated over by a rule, as an objective."""
 
 from __future__ import annotations
 
@@ -8,27 +8,24 @@ from functools import cached_property
 import numpy
 import torch
 
-from laplace_amort.errors import ModeNotFoundError
 from laplace_amort.fitting.evaluation import Evaluation, FitStatus, Maximum
 from laplace_amort.fitting.history import History
 from laplace_amort.fitting.identification import is_flat
-from laplace_amort.fitting.objectives.base import Objective, ObjectiveFunction
-from laplace_amort.fitting.objectives.elbo import elbo_whitening
+from laplace_amort.fitting.objectives.base import Objective, ObjectiveFunction, posterior_whitening, refuse_lost_units
 from laplace_amort.fitting.objectives.laplace import MarginalLaplace
 from laplace_amort.fitting.optimizers import Optimizer, QuasiNewton, newton_decrement
 from laplace_amort.guide import LaplaceGaussian, Problem, to_vector
 from laplace_amort.linalg import Whitening
 from laplace_amort.posterior import Posterior, WeightedUnits, marginal_sample
 from laplace_amort.types import Vector
-from laplace_amort.units import GaussHermite, Integrals, ModeStatus, QuadraturePoints, QuadratureRule
+from laplace_amort.units import GaussHermite, QuadraturePoints, QuadratureRule
 
-__all__ = [
-    "MarginalQuadrature",
-    "QuadratureFunction",
-]
+__all__ = ["MarginalQuadrature", "QuadratureFunction"]
 
 # Share of the curvature of each global by itself that differences of gradients leave by chance.
 _CHANCE = 1e-6
+# Posterior standard deviations between the gradients whose difference is a curvature: the error is a few 1e-7 of it.
+_STEP = 1e-3
 
 
 @dataclass(frozen=True)
@@ -70,23 +67,25 @@ class MarginalQuadrature:
         """What suits it: there is no second derivative."""
         return QuasiNewton()
 
-    def climb(self, run: History, optimizer: Optimizer) -> Maximum:
+    def climb(self, history: History, optimizer: Optimizer) -> Maximum:
         """Maximize from where the guide stands, and put the guide there."""
-        function = self.bind(run.problem)
-        about = run.timed("whitening", lambda: elbo_whitening(run.problem, len(function.point()), with_units=False))
-        value = run.function("quadrature", function, lambda found: about.norm(found.gradient))
+        function = self.bind(history.problem)
+        about = history.timed(
+            "whitening", lambda: posterior_whitening(history.problem, len(function.point()), with_units=False)
+        )
+        value = history.watched("quadrature", function, lambda found: about.norm(found.gradient))
         maximum = optimizer.maximize(value, function.point(), lambda: about)
         function.move(maximum.point)
         if maximum.status is FitStatus.START_FAILED:
             return maximum
-        information = run.timed("curvature", lambda: function.information(about))
+        information = history.timed("curvature", lambda: function.information(about))
         if not numpy.isfinite(information).all():
             return maximum._replace(status=FitStatus.NO_MAXIMUM)
         evaluation = maximum.evaluation._replace(information=information)
         decrement = newton_decrement(evaluation)
         known = numpy.isfinite(decrement) and not is_flat(information, evaluation.rounding, _CHANCE)
         status = maximum.status if known else FitStatus.NO_MAXIMUM
-        return Maximum(maximum.point, evaluation, status, decrement)
+        return maximum._replace(evaluation=evaluation, status=status, gradient_norm=decrement)
 
     def gaussian(self, problem: Problem, maximum: Maximum) -> LaplaceGaussian:
         """Return the posterior as a Gaussian, with the curvature of this objective for the globals."""
@@ -96,10 +95,6 @@ class MarginalQuadrature:
         """Return globals by importance sampling of this density, and units by that of the model given each of them."""
         globals_ = marginal_sample(problem.integrals, self.rule, gaussian, seed)
         return Posterior(problem, gaussian, globals_, WeightedUnits(gaussian, problem.integrals, self.rule), seed)
-
-
-# Posterior standard deviations between the gradients whose difference is a curvature: the error is a few 1e-7 of it.
-_STEP = 1e-3
 
 
 class QuadratureFunction(ObjectiveFunction):
@@ -115,22 +110,26 @@ class QuadratureFunction(ObjectiveFunction):
 
     @cached_property
     def points(self) -> QuadraturePoints:
-        """Those of the rule."""
+        """The points of the rule, made when they are needed first."""
         return self.rule.points(self.problem.start.shape[1], self.problem.loc)
+
+    def whitening(self) -> Whitening:
+        """Return coordinates in which the posterior is standard normal, as far as the marginal curvature knows it."""
+        return posterior_whitening(self.problem, len(self.problem.loc), with_units=False)
 
     def _evaluate(self) -> Evaluation:
         problem, globals_ = self.problem, self.problem.loc.unsqueeze(0)
         found = problem.integrals.values_and_gradients(
             self.points, QuadraturePoints.log_integral, globals_, problem.start.unsqueeze(0)
         )
-        _refuse_lost(problem, found)
+        refuse_lost_units(problem, found)
         problem.remember(found.mode[0])
         return Evaluation(float(found.values), to_vector([found.gradients[0]]))
 
     def information(self, whitening: Whitening) -> Vector:
         """Return minus the second derivative where the guide stands, from differences of exact gradients, ``(d, d)``.
 
-        :param Whitening whitening: have the steps.
+        :param Whitening whitening: has the steps.
         """
         d, loc = len(self.problem.loc), self.problem.loc
         if d == 0:
@@ -145,19 +144,3 @@ class QuadratureFunction(ObjectiveFunction):
         along = numpy.linalg.solve(steps, (behind - ahead) / (2 * _STEP))
         symmetric: Vector = (along + along.T) / 2
         return symmetric
-
-
-def _refuse_lost(problem: Problem, found: Integrals) -> None:
-    """Raise where the mode of a unit was not found.
-
-    :raises ModeNotFoundError: naming the first.
-    """
-    lost = found.lost.any(0).nonzero().squeeze(-1).tolist()
-    if lost:
-        raise ModeNotFoundError(
-            f"the conditional mode was not found for {len(lost)} of {found.lost.shape[1]} units, the first of them "
-            f"{problem.unit_model.describe(lost[0])}. Did the globals run away? Start elsewhere:\n"
-            "    fit(model, guide, *args, starts=20)",
-            units=problem.unit_model.units[lost].tolist(),
-            status=[ModeStatus.MAX_STEPS] * len(lost),
-        )
