@@ -36,8 +36,8 @@ from laplace_amort import AutoLaplaceFamily, LaplaceAmortError
 from laplace_amort.cli.exits import Exit, Stop, complain, table_of_codes
 from laplace_amort.cli.factories import call, read
 from laplace_amort.cli.fit import OBJECTIVES
-from laplace_amort.cli.settings import default_dtype
 from laplace_amort.cli.targets import current_directory_importable, load_target, strategy
+from laplace_amort.types import default_dtype
 
 PEERS = {
     guide.__name__: guide

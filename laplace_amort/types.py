@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from enum import IntEnum
 
 import numpy
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["Density", "Status", "Vector", "element_name", "in_sd", "to_numpy"]
+__all__ = ["Density", "Status", "Vector", "default_dtype", "element_name", "element_names", "in_sd", "to_numpy"]
 
 # What optimizers move: parameters in one row, in double precision.
 Vector = NDArray[numpy.float64]
@@ -64,6 +67,31 @@ def element_name(name: str, index: Iterable[int]) -> str:
     """
     numbers = ", ".join(map(str, index))
     return f"{name}[{numbers}]" if numbers else name
+
+
+def element_names(name: str, shape: Sequence[int]) -> list[str]:
+    """Name the elements of a site in the order in which they are stored.
+
+    :param str name: of the site.
+    :param shape: of its value.
+
+    Example::
+
+        >>> element_names("tau", ()), element_names("beta", (2,)), element_names("L", (1, 2))
+        (['tau'], ['beta[0]', 'beta[1]'], ['L[0, 0]', 'L[0, 1]'])
+    """
+    return [element_name(name, index) for index in itertools.product(*map(range, shape))]
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype = torch.float64) -> Iterator[None]:
+    """Run with another default dtype of torch, and bring back the one that was."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def in_sd(value: float) -> str:

@@ -11,10 +11,10 @@ import pyro
 
 from laplace_amort.cli.exits import Exit, UsageError, complain, table_of_codes
 from laplace_amort.cli.factories import Made, call, expected, read
-from laplace_amort.cli.settings import default_dtype
 from laplace_amort.cli.targets import current_directory_importable, describe, load_target
 from laplace_amort.errors import GuideCheckError
 from laplace_amort.testing import CheckSettings, check_guide
+from laplace_amort.types import default_dtype
 
 __all__ = ["add_parser", "run"]
 

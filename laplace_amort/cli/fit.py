@@ -28,9 +28,10 @@ from laplace_amort.cli.case import HEADS, MODES, Case, prepare
 from laplace_amort.cli.exits import EXIT_OF, Exit, Stop, UsageError, complain, show_traceback, table_of_codes
 from laplace_amort.cli.files import check_new, check_plot_path
 from laplace_amort.cli.report import Report, diagnosis_text, needs_pandas, write_all
-from laplace_amort.cli.settings import default_dtype, positive
+from laplace_amort.cli.settings import positive
 from laplace_amort.cli.targets import current_directory_importable, strategy
 from laplace_amort.errors import NUMERICAL_ERRORS
+from laplace_amort.types import default_dtype
 
 __all__ = ["OBJECTIVES", "add_parser", "run"]
 

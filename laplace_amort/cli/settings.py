@@ -3,23 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
-from contextlib import contextmanager
 
-import torch
-
-__all__ = ["default_dtype", "positive"]
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype = torch.float64) -> Iterator[None]:
-    """Run with another default dtype."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
+__all__ = ["positive"]
 
 
 def positive(text: str) -> int:

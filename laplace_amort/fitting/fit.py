@@ -140,23 +140,16 @@ def _maximized(
         if history.walk is None:  # one minibatch tells where about the optimum is
             find_maxima(history, MarginalLaplace(), TrustRegion(max_steps=START_STEPS))
         return [objective.climb(history, objective.default_optimizer)], None
-    _refuse_minibatches(history.problem, objective)
+    history.problem.refuse_minibatch(
+        f"and {type(objective).__name__} needs all of them in every evaluation. Leave subsample_size out of the model, "
+        "or optimize stochastically:\n    fit(model, guide, *args, objective=Stochastic())"
+    )
     maxima = find_maxima(history, objective, optimizer, starts)
     if history.problem.recheck():  # what was recorded was not the model everywhere: once again, without
         maxima = find_maxima(history, objective, optimizer)
     if isinstance(objective, FixedDrawELBO) and maxima[0].status is not FitStatus.START_FAILED:
         return maxima, fresh_value(history, objective)
     return maxima, None
-
-
-def _refuse_minibatches(problem: Problem, objective: Objective) -> None:
-    for plate in problem.subsamples:
-        kind = "units" if plate.name == problem.unit_model.layout.frame.name else "elements"
-        raise ModelError(
-            f"the model takes {plate.subsample_size} of {plate.size} {kind} of plate '{plate.name}' at a time, and "
-            f"{type(objective).__name__} needs all of them in every evaluation. Leave subsample_size out of the model, "
-            "or optimize stochastically:\n    fit(model, guide, *args, objective=Stochastic())"
-        )
 
 
 # ---------------------------------------------------------------------------------------------------------- the result
@@ -217,22 +210,13 @@ def _notes(history: History, maximum: Maximum, gaussian: LaplaceGaussian | None)
         notes.append(f"the last point without an objective: {_in_short(failure)}")
     if maximum.status is FitStatus.NO_MAXIMUM and maximum.evaluation.information is not None:
         signs = positive(problem).tolist()
-        notes.append(describe_flattest(_global_names(problem), signs, maximum.evaluation.information))
+        notes.append(describe_flattest(problem.global_elements(), signs, maximum.evaluation.information))
     return notes if gaussian is None else notes + problem.kinks(gaussian)
 
 
 def _in_short(failure: str) -> str:
     """Return the sentence and the first unit, without lines to type for those who compute matrices themselves."""
     return "\n".join(failure.splitlines()[:2]).partition(" To repair")[0]
-
-
-def _global_names(problem: Problem) -> list[str]:
-    """Return names of the unconstrained elements of the globals, ``d`` of them."""
-    return [
-        site.name if site.shape.numel() == 1 else f"{site.name}[{index}]"
-        for site in problem.unit_model.layout.global_sites.values()
-        for index in range(site.shape.numel())
-    ]
 
 
 # ------------------------------------------------------------------------------------------------------- the arguments

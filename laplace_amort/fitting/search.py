@@ -10,7 +10,6 @@ import numpy
 import torch
 from pyro.infer.autoguide.initialization import init_to_uniform
 from torch import Tensor
-from torch.distributions.transforms import ComposeTransform, ExpTransform, IndependentTransform, Transform
 
 from laplace_amort.fitting.evaluation import FitStatus, Maximum
 from laplace_amort.fitting.history import History
@@ -19,7 +18,7 @@ from laplace_amort.fitting.objectives.draws import mean_of_pairs
 from laplace_amort.fitting.objectives.elbo import FixedDrawELBO
 from laplace_amort.fitting.objectives.laplace import MarginalLaplace
 from laplace_amort.fitting.optimizers import Optimizer, TrustRegion
-from laplace_amort.guide import Problem
+from laplace_amort.guide import Problem, is_exponential
 from laplace_amort.linalg import Whitening
 
 __all__ = ["START_STEPS", "distinct", "find_maxima", "fresh_value", "other_starts", "positive", "random_starts"]
@@ -123,16 +122,8 @@ def other_starts(problem: Problem, start: Tensor) -> Iterator[Tensor]:
 def positive(problem: Problem) -> Tensor:
     """Return which elements of the globals are logarithms, ``(d,)``, 1 or 0."""
     sites = problem.unit_model.layout.global_sites.values()
-    marks = [problem.loc.new_full((site.shape.numel(),), float(_is_exp(site.transform))) for site in sites]
+    marks = [problem.loc.new_full((site.shape.numel(),), float(is_exponential(site.transform))) for site in sites]
     return torch.cat(marks) if marks else problem.loc.new_zeros(0)
-
-
-def _is_exp(transform: Transform | None) -> bool:
-    while isinstance(transform, IndependentTransform):
-        transform = transform.base_transform
-    if isinstance(transform, ComposeTransform):
-        return any(_is_exp(part) for part in transform.parts)
-    return isinstance(transform, ExpTransform)
 
 
 # --------------------------------------------------------------------------------------------------------------- optima

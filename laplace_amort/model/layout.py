@@ -11,7 +11,8 @@ from pyro.distributions.util import broadcast_shape
 from torch import Tensor
 
 from laplace_amort.errors import ModelError
-from laplace_amort.model.sites import LatentSite, element_names
+from laplace_amort.model.sites import LatentSite
+from laplace_amort.types import element_names
 
 __all__ = ["UnitLayout", "find_layout"]
 

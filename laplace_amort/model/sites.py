@@ -5,8 +5,7 @@ Reads the nodes of traces that :mod:`laplace_amort.model.log_joint` makes; trace
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +24,6 @@ __all__ = [
     "IDENTITY",
     "LatentSite",
     "check_plate_sizes",
-    "element_names",
     "feasible",
     "find_sites",
     "init_to_zero",
@@ -78,22 +76,6 @@ class LatentSite:
     def subsample_scale(self) -> float:
         """Product of ``N / B`` over the subsampled plates around the site."""
         return subsample_scale_of(self.plates)
-
-
-def element_names(name: str, shape: Sequence[int]) -> list[str]:
-    """Name the elements of a site in the order in which they are stored.
-
-    :param str name: of the site.
-    :param shape: of its value.
-
-    Example::
-
-        >>> element_names("tau", ()), element_names("beta", (2,)), element_names("L", (1, 2))
-        (['tau'], ['beta[0]', 'beta[1]'], ['L[0, 0]', 'L[0, 1]'])
-    """
-    if not shape:
-        return [name]
-    return [f"{name}[{', '.join(map(str, index))}]" for index in itertools.product(*map(range, shape))]
 
 
 def layers_of(fn: Any) -> list[Any]:

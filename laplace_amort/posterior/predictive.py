@@ -247,10 +247,7 @@ def refuse_minibatch(posterior: PosteriorDraws) -> None:
 
     :raises ModelError: with the line to type.
     """
-    for plate in posterior.gaussian.unit_model.density.subsampled_plates:
-        if plate.subsample_size < plate.size:
-            raise ModelError(
-                f"the fit took {plate.subsample_size} of {plate.size} of plate '{plate.name}' at a time, so that its "
-                "posterior is one of a minibatch. Go on from where the guide stands with all of them, by arguments "
-                "with which the model does not subsample:\n    result = fit(model, result.guide, *args)"
-            )
+    posterior.problem.refuse_minibatch(
+        "so that the posterior is one of a minibatch. Go on from where the guide stands with all of them, by arguments "
+        "with which the model does not subsample:\n    result = fit(model, result.guide, *args)"
+    )

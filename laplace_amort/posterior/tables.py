@@ -5,7 +5,6 @@ pandas is imported when a frame is made, and not before.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,14 +15,13 @@ from tabulate import tabulate
 from torch import Tensor
 
 from laplace_amort.guide import LaplaceGaussian
-from laplace_amort.types import Vector, to_numpy
+from laplace_amort.types import Vector, element_names, to_numpy
 from laplace_amort.units import sobol_points
 
 __all__ = [
     "PROBABILITIES",
     "SiteSummary",
     "draws_frame",
-    "element_names",
     "globals_frame",
     "globals_table",
     "globals_text",
@@ -48,22 +46,6 @@ def require_pandas() -> Any:
     except ImportError as error:
         raise ImportError("data frames need pandas:\n    python -m pip install 'laplace_amort[pandas]'") from error
     return pandas
-
-
-def element_names(name: str, shape: Sequence[int]) -> list[str]:
-    """Name the elements of a site in the order in which they are stored.
-
-    :param str name: of the site.
-    :param shape: of its value.
-
-    Example::
-
-        >>> element_names("tau", ()), element_names("beta", (2,)), element_names("L", (1, 2))
-        (['tau'], ['beta[0]', 'beta[1]'], ['L[0, 0]', 'L[0, 1]'])
-    """
-    if not shape:
-        return [name]
-    return [f"{name}[{', '.join(map(str, index))}]" for index in itertools.product(*map(range, shape))]
 
 
 class SiteSummary(NamedTuple):

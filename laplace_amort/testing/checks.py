@@ -12,10 +12,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from laplace_amort.autodiff import CURVATURE, ancestors_of, fixed_normal, is_dual_edge
-from laplace_amort.model import LogJoint
+from laplace_amort.model import LogJoint, undressed
 from laplace_amort.testing.expected import ExpectedPrecision
 from laplace_amort.testing.finite_differences import derivative
-from laplace_amort.testing.gaussian import GuideGaussian, base_distribution
+from laplace_amort.testing.gaussian import GuideGaussian
 from laplace_amort.testing.report import CheckRow
 from laplace_amort.types import element_name
 
@@ -69,7 +69,7 @@ def path_leaks(subject: Subject) -> Iterator[CheckRow]:
     for name, node in trace.nodes.items():
         if name not in gaussian.log_q.sites:
             continue
-        ancestors = ancestors_of(getattr(base_distribution(node["fn"]), "loc", base.detach()))
+        ancestors = ancestors_of(getattr(undressed(node["fn"]), "loc", base.detach()))
         if ancestors & drawn or not any(is_dual_edge(edge) for edge in ancestors):
             continue
         leaks = sum(is_dual_edge(edge, CURVATURE) for edge in ancestors)

@@ -12,16 +12,15 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from laplace_amort.autodiff import fixed_normal, observed_information
 from laplace_amort.errors import GuideCheckError
-from laplace_amort.model import LogJoint
+from laplace_amort.model import LogJoint, undressed
 
-__all__ = ["GuideGaussian", "base_distribution", "is_base_site"]
+__all__ = ["GuideGaussian", "is_base_site"]
 
 
 def is_base_site(node: Any) -> bool:
@@ -30,15 +29,8 @@ def is_base_site(node: Any) -> bool:
         node["type"] == "sample"
         and not node["is_observed"]
         and not site_is_subsample(node)
-        and not isinstance(base_distribution(node["fn"]), dist.Delta)
+        and not isinstance(undressed(node["fn"]), dist.Delta)
     )
-
-
-def base_distribution(fn: Any) -> Any:
-    """Strip ``to_event`` and masks off a distribution."""
-    while isinstance(fn, dist.Independent | MaskedDistribution):
-        fn = fn.base_dist
-    return fn
 
 
 class GuideGaussian:

@@ -16,10 +16,10 @@ from typing import Any, Protocol
 
 import pyro
 import pytest
-import torch
 
 from laplace_amort.errors import GuideCheckError
 from laplace_amort.testing import CheckReport, CheckSettings, check_guide
+from laplace_amort.types import default_dtype
 
 __all__ = ["GuideCheck", "laplace_amort_check"]
 
@@ -65,12 +65,11 @@ def _check(model: Any, guide: Any, *args: Any, settings: CheckSettings | None = 
 @contextmanager
 def _clean_slate() -> Iterator[None]:
     """Set what every check starts from, and put it back."""
-    dtype, random = torch.get_default_dtype(), pyro.util.get_rng_state()
+    random = pyro.util.get_rng_state()
     with ExitStack() as stack:
-        stack.callback(torch.set_default_dtype, dtype)
+        stack.enter_context(default_dtype())
         stack.callback(pyro.util.set_rng_state, random)
         stack.enter_context(pyro.get_param_store().scope())
         stack.enter_context(pyro.validation_enabled(True))
-        torch.set_default_dtype(torch.float64)
         pyro.set_rng_seed(_SEED)
         yield

@@ -6,7 +6,8 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from laplace_amort.model.sites import element_names, undressed
+from laplace_amort.model.sites import undressed
+from laplace_amort.types import element_names
 
 PLAIN = dist.Normal(torch.zeros(3), 1.0)
 WRAPPERS = {

@@ -12,7 +12,7 @@ from helpers.fit_models import gaussian, guide_for, poisson, poisson_counts, sub
 from helpers.unit_models import UNIT_MODELS
 
 from laplace_amort import Diagnosis, Finding, FixedDrawELBO, Level, MarginalLaplace, Stochastic, fit
-from laplace_amort.posterior.tables import element_names
+from laplace_amort.types import element_names
 
 Z = torch.tensor([1.0, 3.0, -0.5, 2.0], dtype=torch.float64)
 QUANTILES = ["mean", "sd", "5%", "50%", "95%"]
