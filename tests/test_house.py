@@ -22,7 +22,7 @@ ROOMS = {
     "guide": "units model linalg autodiff",
     "posterior": "guide units model autodiff",
     "testing": "guide model linalg autodiff",
-    "fitting": "posterior guide units linalg.Whitening",
+    "fitting": "posterior guide units linalg.Whitening linalg.RepairReport",
     "diagnostics": "fitting posterior guide units",
     "plots": "diagnostics fitting posterior guide linalg",
     "examples": "public plots",
