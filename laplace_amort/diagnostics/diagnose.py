@@ -51,7 +51,7 @@ def diagnose(result: FitResult, *, simulations: int = 100, seed: int = 0, progre
         return Diagnosis(tuple(findings), "fit(model, guide, *args, starts=20)")
     tails = None
     try:
-        result.problem.refuse_minibatch("and everything else needs all of them at once")
+        result.problem.refuse_minibatch("so that the fit is one of minibatches, and everything else needs all units at once")
         findings += checks.against_next_rung(result, seed)
         there = checks.at_center(result)
         tails = checks.tails_of_units(result, there)
@@ -72,7 +72,7 @@ def unit_tails(result: FitResult) -> UnitTails:
     :raises ValueError: if the fit ended where there is no posterior.
     """
     checks.gaussian_of(result)
-    result.problem.refuse_minibatch("and the tails of the units need all of them at once")
+    result.problem.refuse_minibatch("so that the fit is one of minibatches, and the tails of the units need all of them at once")
     return checks.tails_of_units(result, checks.at_center(result))
 
 

@@ -184,5 +184,5 @@ def test_what_has_no_k_hats_says_so():
         plots.k_hat_figure(dataclasses.replace(counts_fit(), gaussian=None))
     z = torch.tensor([1.0, 2.0, 0.0, 3.0])
     minibatches = fit(subsampled, guide_for(subsampled), z, 2, objective=Stochastic(window=20, max_steps=20))
-    with pytest.raises(ModelError, match="the fit took minibatches"):
+    with pytest.raises(ModelError, match="the fit is one of minibatches"):
         plots.k_hat_figure(minibatches)

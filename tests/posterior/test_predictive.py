@@ -337,7 +337,7 @@ def test_minibatches():
     objective = Stochastic(window=20, max_steps=20)
     result = fit(subsampled, guide_for(subsampled), z, size=5, objective=objective, progress=False)
     for refused in (result.predictive, result.to_arviz):
-        with pytest.raises(ModelError, match="the fit took 5 of 20 of plate 'units' at a time"):
+        with pytest.raises(ModelError, match="the model takes 5 of 20 units of plate 'units' at a time"):
             refused()
     with pytest.raises(ModelError, match="plate 'units' takes 2 of 4 units at these arguments"):
         result.posterior_for(z[:4], size=2)
