@@ -14,6 +14,8 @@ __all__ = ["diagnose", "unit_tails"]
 # What points around the modes of the units may cure; an ELBO that did not converge is no better with more starts.
 _CURED_BY_POINTS = {"error, globals", "error, units", "skewness, units", "k-hat, units", "convergence"}
 
+_OF_MINIBATCHES = "so that the fit is one of minibatches"
+
 
 def diagnose(result: FitResult, *, simulations: int = 100, seed: int = 0, progress: bool = True) -> Diagnosis:
     """Say whether a posterior can be relied on, and what to do if not.
@@ -51,7 +53,7 @@ def diagnose(result: FitResult, *, simulations: int = 100, seed: int = 0, progre
         return Diagnosis(tuple(findings), "fit(model, guide, *args, starts=20)")
     tails = None
     try:
-        result.problem.refuse_minibatch("so that the fit is one of minibatches, and everything else needs all units at once")
+        result.problem.refuse_minibatch(f"{_OF_MINIBATCHES}, and everything else needs all units at once")
         findings += checks.against_next_rung(result, seed)
         there = checks.at_center(result)
         tails = checks.tails_of_units(result, there)
@@ -72,7 +74,7 @@ def unit_tails(result: FitResult) -> UnitTails:
     :raises ValueError: if the fit ended where there is no posterior.
     """
     checks.gaussian_of(result)
-    result.problem.refuse_minibatch("so that the fit is one of minibatches, and the tails of the units need all of them at once")
+    result.problem.refuse_minibatch(f"{_OF_MINIBATCHES}, and the tails of the units need all of them at once")
     return checks.tails_of_units(result, checks.at_center(result))
 
 

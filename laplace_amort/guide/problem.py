@@ -156,20 +156,11 @@ class Problem:
     @property
     def subsamples(self) -> list[SubsampledPlate]:
         """The plates of which the model takes only a part, of units or of anything else."""
-        return [plate for plate in self.unit_model.density.subsampled_plates if plate.subsample_size < plate.size]
+        return self.unit_model.subsamples
 
     def refuse_minibatch(self, rest: str) -> None:
-        """Refuse a model that takes only a part of a plate, for what needs all of it.
-
-        :param str rest: of the sentence, after a comma: who needs all of it, and the line to type.
-        :raises ModelError: naming the plate and its sizes.
-        """
-        for plate in self.subsamples:
-            kind = "units" if plate.name == self.unit_model.layout.frame.name else "elements"
-            raise ModelError(
-                f"the model takes {plate.subsample_size} of {plate.size} {kind} of plate '{plate.name}' at a time, "
-                f"{rest}"
-            )
+        """Refuse a model that takes only a part of a plate; see :meth:`UnitModel.refuse_minibatch`."""
+        self.unit_model.refuse_minibatch(rest)
 
     def global_elements(self) -> list[str]:
         """Name each of the ``d`` unconstrained elements of the globals, such as ``B[0, 1]``."""

@@ -91,6 +91,24 @@ class UnitModel:
             total = total + other
         return total
 
+    @property
+    def subsamples(self) -> list[SubsampledPlate]:
+        """The plates of which the model takes only a part, of units or of anything else."""
+        return [plate for plate in self.density.subsampled_plates if plate.subsample_size < plate.size]
+
+    def refuse_minibatch(self, rest: str) -> None:
+        """Refuse a model that takes only a part of a plate, for what needs all of it.
+
+        :param str rest: of the sentence, after a comma: who needs all of it, and the line to type.
+        :raises ModelError: naming the plate and its sizes.
+        """
+        for plate in self.subsamples:
+            kind = "units" if plate.name == self.layout.frame.name else "elements"
+            raise ModelError(
+                f"the model takes {plate.subsample_size} of {plate.size} {kind} of plate '{plate.name}' at a time, "
+                f"{rest}"
+            )
+
     def live(self) -> UnitModel:
         """Return the same model as runs of its Python."""
         other = copy.copy(self)

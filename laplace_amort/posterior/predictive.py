@@ -247,7 +247,7 @@ def refuse_minibatch(posterior: PosteriorDraws) -> None:
 
     :raises ModelError: with the line to type.
     """
-    posterior.problem.refuse_minibatch(
+    posterior.gaussian.unit_model.refuse_minibatch(
         "so that the posterior is one of a minibatch. Go on from where the guide stands with all of them, by arguments "
         "with which the model does not subsample:\n    result = fit(model, result.guide, *args)"
     )
