@@ -41,7 +41,7 @@ nitpick_ignore_regex = [
     ("py:.*", r"(Any|Callable|Iterable|Iterator|Mapping|Sequence|Path|Tensor|ELBO|NDArray|ndarray|Figure|tqdm)"),
     ("py:class", r"(laplace_amort\.[\w.]+\.)?((ELBO|Nested|Quadrature|Laplace)Function|WalkState)"),
     ("py:.*", r"(laplace_amort\.[\w.]+\.)?Journal(\.\w+)?"),
-    ("py:class", r"(laplace_amort\.[\w.]+\.)?(SubsampledPlate|ObservedSite|Drawn|UnitIntegrals)"),
+    ("py:class", r"(laplace_amort\.[\w.]+\.)?(SubsampledPlate|ObservedSite|Drawn|UnitIntegrals|Terms)"),
     ("py:class", r"(laplace_amort\.[\w.]+\.)?(PosteriorDraws|Gradients|FirstDerivatives|Self|Vector|Space|Value)"),
 ]
 
