@@ -1,4 +1,4 @@
-"""Whitening in which a posterior is about standard normal, so that an optimizer meets one scale only."""
+"""Coordinates in which a posterior is about standard normal, so that an optimizer meets one scale only."""
 
 from __future__ import annotations
 

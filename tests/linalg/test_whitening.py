@@ -1,4 +1,4 @@
-"""Whitening of standard deviations: a linear map and its transpose, against the dense inverse of the precision."""
+"""Whitening: a linear map and its transpose, against the dense inverse of the precision."""
 
 import dataclasses
 
