@@ -75,10 +75,7 @@ class _Lookups(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call with integers for an index."""
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
-        looks_up = _INDEX.get(name) or _INDEX.get(name.removesuffix("_"))  # in place as well
-        if looks_up is None:
-            return func(*args, **kwargs)
-        place, names = looks_up
+        place, names = _INDEX.get(name) or _INDEX.get(name.removesuffix("_"), (-1, ()))  # in place as well
         args = [self._integers(value) if at == place else value for at, value in enumerate(args)]
         kwargs = {name: self._integers(value) if name in names else value for name, value in kwargs.items()}
         return func(*args, **kwargs)

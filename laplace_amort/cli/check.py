@@ -55,8 +55,7 @@ def add_parser(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Check, print every comparison, and return the exit code."""
     with default_dtype(), importable(Path.cwd()), pyro.get_param_store().scope():
-        model, guide, args, typed = _case(options.target)
-        kwargs = dict(typed)
+        model, guide, args, kwargs = _case(options.target)
         settings = kwargs.pop("settings", CheckSettings())
         settings = dataclasses.replace(settings, progress=sys.stderr.isatty())
         try:

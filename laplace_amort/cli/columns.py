@@ -20,7 +20,7 @@ __all__ = ["Column", "Table", "read_table"]
 _MISSING = {"", "na", "n/a", "nan", "+nan", "-nan", "null", "."}
 _TRUTH = {"false": "0", "true": "1"}
 _SEPARATORS = {"comma": ",", "semicolon": ";", "tab": "\t", "space": " "}
-_NAMED = 5  # of what is missing, in a complaint
+_NAMED = 5  # of many labels, and of what is missing in a complaint
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,8 @@ class Column:
 
     def __str__(self) -> str:
         if self.labels:
-            return f"codes of {len(self.labels)} labels, {_listed(self.labels)}"
+            shown, more = ", ".join(self.labels[:_NAMED]), ", ..." * (len(self.labels) > _NAMED)
+            return f"codes of {len(self.labels)} labels, {shown}{more}"
         low, high = (f"{value:g}" for value in (self.values.min(), self.values.max()))
         return f"{'whole ' if self.is_whole else ''}numbers from {low} to {high}"
 
@@ -202,8 +203,3 @@ def _sorted_labels(cells: list[str]) -> tuple[str, ...]:
 
 def _is_missing(cell: str) -> bool:
     return cell.strip().lower() in _MISSING
-
-
-def _listed(labels: Sequence[str]) -> str:
-    shown = ", ".join(labels[:_NAMED])
-    return shown + ", ..." * (len(labels) > _NAMED)

@@ -10,20 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from laplace_amort import FitStatus
 from laplace_amort.types import Status
 
-__all__ = [
-    "EXIT_OF",
-    "Exit",
-    "Stop",
-    "UsageError",
-    "complain",
-    "file_of",
-    "show_traceback",
-    "table_of_codes",
-    "users_code",
-]
+__all__ = ["Exit", "Stop", "UsageError", "complain", "file_of", "show_traceback", "table_of_codes", "users_code"]
 
 
 class Exit(Status):
@@ -42,13 +31,6 @@ class Exit(Status):
     NOT_TRUSTED = 4, "the fit has converged, but --diagnose found something doubtful or bad"
     INTERRUPTED = 130, "interrupted by Ctrl-C; what was found until then is shown"
     NO_READER = 141, "nobody read the output to its end, as in '| head'"
-
-
-# What a fit that ended so is worth to a program.
-EXIT_OF = dict.fromkeys(FitStatus, Exit.NOT_CONVERGED) | {
-    FitStatus.CONVERGED: Exit.OK,
-    FitStatus.INTERRUPTED: Exit.INTERRUPTED,
-}
 
 
 class Stop(Exception):

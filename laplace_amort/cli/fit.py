@@ -13,7 +13,7 @@ import torch
 import laplace_amort
 from laplace_amort import FitResult, FitStatus, LaplaceAmortError, diagnose
 from laplace_amort.cli.case import Case, prepare
-from laplace_amort.cli.exits import EXIT_OF, Exit, Stop, UsageError, complain, file_of, users_code
+from laplace_amort.cli.exits import Exit, Stop, UsageError, complain, file_of, users_code
 from laplace_amort.cli.files import check_outputs
 from laplace_amort.cli.report import Report, diagnosis_text
 from laplace_amort.cli.targets import importable
@@ -169,14 +169,14 @@ def _show(result: FitResult, case: Case, options: argparse.Namespace) -> int:
     except KeyboardInterrupt:  # in the posterior: what is known of the fit is known
         print(result.headline(), flush=True)
         raise
-    trusted, code = _diagnosed(report, options), EXIT_OF[result.status]
-    if code is Exit.INTERRUPTED:
+    trusted = _diagnosed(report, options)
+    if result.status is FitStatus.INTERRUPTED:
         how = f"go on with --resume {options.save}" if options.save else "with --save it could go on another time"
-        return complain(f"interrupted; {how}", code)
+        return complain(f"interrupted; {how}", Exit.INTERRUPTED)
     if written is not Exit.OK:
         return written
-    if code is not Exit.OK:
-        return complain("the fit has not converged", code)
+    if not result.status.ok:
+        return complain("the fit has not converged", Exit.NOT_CONVERGED)
     if report.posterior is None:
         return complain(report.problem, Exit.FAILED)
     return Exit.OK if trusted else Exit.NOT_TRUSTED

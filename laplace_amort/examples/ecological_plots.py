@@ -48,10 +48,8 @@ def tables_figure(
             axes.set_xlabel("share of the race's voters (%)")
         panels[0].set_yticks(range(len(races)), [_full(race) for race in races])
         panels[0].set_ylim(len(races) - 0.4, -0.6)
-        handles, labels = panels[0].get_legend_handles_labels()
-        upper.legend(
-            handles, labels, loc="outside upper center", ncols=min(len(handles), 5), columnspacing=1.2, frameon=False
-        )
+        shown = panels[0].get_legend_handles_labels()
+        upper.legend(*shown, loc="outside upper center", ncols=min(len(shown[0]), 5), columnspacing=1.2, frameon=False)
         for r, axes in enumerate(lower.subplots(1, len(races), squeeze=False)[0]):
             held, of = _draw_precincts(axes, estimates[-1], truth, r, choice)
             axes.set_title(f"{_full(races[r])}, {_full(CHOICES[choice])}\n{held} of {of} in their intervals")
