@@ -18,7 +18,6 @@ from laplace_amort.examples.yardstick import Moments, Yardstick
 __all__ = ["EXAMPLES", "OBJECTIVES", "DemoResult", "run"]
 
 OBJECTIVES: dict[str, Any] = {"family": FixedDrawELBO(), "ladder": Ladder()}
-_AVERAGED = 1024  # draws of the globals that moments of the units are averages over
 
 
 @dataclass(frozen=True)
@@ -97,14 +96,9 @@ def run(name: str = "multisite", *, seed: int = 0, progress: bool = True) -> Dem
                     result = fit(model, guide, *args, objective=objective, seed=seed, progress=progress)
                 if result.status is FitStatus.INTERRUPTED:
                     raise KeyboardInterrupt
-                moments[label] = _moments(result)
+                mean, std = result.posterior.mean(), result.posterior.std()
+                moments[label] = {site: (mean[site], std[site]) for site in mean}
                 fits[label] = result
         except KeyboardInterrupt:  # in a fit, between evaluations, or in a posterior
             return dataclasses.replace(found, interrupted=True)
     return found
-
-
-def _moments(result: FitResult) -> Moments:
-    posterior = result.posterior.thinned(_AVERAGED)
-    mean, std = posterior.mean(), posterior.std()
-    return {name: (mean[name], std[name]) for name in mean}
