@@ -73,10 +73,11 @@ def prepare(options: argparse.Namespace) -> Case:
     if made is None:
         args, kwargs, _ = arguments.values()
         made = Made(functools.partial(function, **kwargs) if kwargs else function, None, args, {})
+    typed = [name.replace("_", "-") for name in _OF_GUIDES if getattr(options, name) is not None]
     if made.guide is None:
         made = made._replace(guide=_guide(made.model, options))
-    elif (typed := next((name for name in _OF_GUIDES if getattr(options, name) is not None), None)) is not None:
-        raise UsageError(f"{options.target} returns a guide of its own: leave --{typed.replace('_', '-')} out")
+    elif typed:
+        raise UsageError(f"{options.target} returns a guide of its own: leave --{typed[0]} out")
     return Case(made, arguments.columns.values(), _told(arguments, len(table)))
 
 
