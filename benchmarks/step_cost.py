@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pyro
@@ -33,10 +34,9 @@ from tqdm import tqdm
 
 import laplace_amort
 from laplace_amort import AutoLaplaceFamily, LaplaceAmortError
-from laplace_amort.cli.exits import Exit, Stop, complain, table_of_codes
-from laplace_amort.cli.factories import call, read
-from laplace_amort.cli.fit import OBJECTIVES
-from laplace_amort.cli.targets import current_directory_importable, load_target, strategy
+from laplace_amort.cli.exits import Exit, Stop, complain, file_of, table_of_codes, users_code
+from laplace_amort.cli.targets import importable, load_target, read
+from laplace_amort.cli.words import STRATEGIES, strategy
 from laplace_amort.types import default_dtype
 
 PEERS = {
@@ -105,7 +105,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--sizes", type=_sizes, default=[100, 1000, 10000, 100000], metavar="N,N,...",
                        help="numbers of units (default 100,1000,10000,100000)")  # fmt: skip
     found.add_argument("--objective", default="ladder", metavar="NAME",
-                       help=f"{', '.join(OBJECTIVES)}, as of laplace-amort fit")  # fmt: skip
+                       help=f"{', '.join(STRATEGIES['--objective'])}, as of laplace-amort fit")  # fmt: skip
     found.add_argument("--against", type=_peers, default=["AutoNormal", "AutoMultivariateNormal"], metavar="GUIDE,...",
                        help=f"peers of {', '.join(PEERS)}, or none (default the first two)")  # fmt: skip
     found.add_argument("--seed", type=int, default=0, help="of data and fits (default 0)")
@@ -125,10 +125,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> int:
     """Measure, print what was measured, and return the exit code."""
-    objective = strategy(options.objective, OBJECTIVES, "--objective")
+    objective = strategy("--objective", options.objective)
     rows: list[Row] = []
     code = Exit.OK
-    with default_dtype(), current_directory_importable(), torch.random.fork_rng(devices=[]):
+    with default_dtype(), importable(Path.cwd()), torch.random.fork_rng(devices=[]):
         make = BUILT_IN.get(options.target) or load_target(options.target, "FACTORY")
         try:
             measure(rows, options.target, make, objective, options)
@@ -172,8 +172,9 @@ def measure(
 
 
 def _made(target: str, make: Callable[..., Any], size: int) -> tuple[Any, tuple[Any, ...]]:
-    said = f"{target}({size})"
-    made = read(call(make, said, size, error=Stop), f"{target}(num_units)", (2,))
+    with users_code(f"{target}({size}) raised", file_of(make), Stop):
+        returned = make(size)
+    made = read(returned, f"{target}(num_units)", (2,))
     return made.model, made.args
 
 

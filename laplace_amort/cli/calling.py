@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
+import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -16,8 +17,8 @@ from torch.overrides import TorchFunctionMode
 
 from laplace_amort.cli.binding import Arguments
 from laplace_amort.cli.columns import Column
-from laplace_amort.cli.exits import Stop, show_traceback
-from laplace_amort.cli.factories import Made
+from laplace_amort.cli.exits import Stop, file_of, users_code
+from laplace_amort.cli.targets import Made
 
 __all__ = ["call_once"]
 
@@ -47,15 +48,16 @@ def call_once(
     :raises Stop: if it raises.
     """
     args, kwargs, whole = arguments.values()
-    with _own_state(), _errors_of(function, target, arguments), _Lookups(whole) as lookups:
-        made = read(function(*args, **kwargs))
-        if made is not None:  # it has passed columns on to a model
-            made.model(*made.args, **made.kwargs)
-    arguments = arguments.with_indices(lookups.found)
-    if made is not None and lookups.found:  # as floating point numbers
-        args, kwargs, _ = arguments.values()
-        with _own_state(), _errors_of(function, target, arguments):
+    with users_code(f"{target} raised", file_of(function), Stop, functools.partial(_hint, arguments)):
+        with _own_state(), _Lookups(whole) as lookups:
             made = read(function(*args, **kwargs))
+            if made is not None:  # it has passed columns on to a model
+                made.model(*made.args, **made.kwargs)
+        arguments = dataclasses.replace(arguments, indices=arguments.indices | lookups.found)
+        if made is not None and lookups.found:  # as floating point numbers
+            args, kwargs, _ = arguments.values()
+            with _own_state():
+                made = read(function(*args, **kwargs))
     return made, arguments
 
 
@@ -73,10 +75,7 @@ class _Lookups(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call with integers for an index."""
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
-        looks_up = _INDEX.get(name) or _INDEX.get(name.removesuffix("_"))  # in place as well
-        if looks_up is None:
-            return func(*args, **kwargs)
-        place, names = looks_up
+        place, names = _INDEX.get(name) or _INDEX.get(name.removesuffix("_"), (-1, ()))  # in place as well
         args = [self._integers(value) if at == place else value for at, value in enumerate(args)]
         kwargs = {name: self._integers(value) if name in names else value for name, value in kwargs.items()}
         return func(*args, **kwargs)
@@ -110,34 +109,24 @@ def _image_of_zero(site: Any) -> Tensor:
     return found
 
 
-@contextmanager
-def _errors_of(function: Callable[..., Any], target: str, arguments: Arguments) -> Iterator[None]:
-    try:
-        yield
-    except Stop:
-        raise
-    except Exception as error:
-        inner = inspect.unwrap(getattr(function, "forward", function))
-        show_traceback(error, getattr(getattr(inner, "__code__", None), "co_filename", None))
-        raise Stop(f"{target} raised {type(error).__name__}: {error}{_hint(error, arguments)}") from error
-
-
-def _hint(error: Exception, arguments: Arguments) -> str:
-    text, numbers = str(error), [c.name for c in arguments.all_columns() if c.is_whole and not c.labels]
+def _hint(arguments: Arguments, error: Exception) -> str:
+    """What to type so that it does not happen again, where that can be said."""
+    text = str(error)
+    numbers = ", ".join(column.name for column in arguments.columns.values() if column.is_whole and not column.labels)
     if isinstance(error, KeyError) and arguments.frame:
-        return f"; the columns are: {', '.join(column.name for column in arguments.frame[1])}"
+        return f"; the columns are: {', '.join(arguments.columns)}"
     if not numbers:
         return ""
     if isinstance(error, IndexError) and "must be long" in text:
         return (
             "\nThe model indexes with a column that it has changed before, or keeps in something else. Name that "
-            f"column: --index COLUMN, one of {', '.join(numbers)}"
+            f"column: --index COLUMN, one of {numbers}"
         )
     if isinstance(error, RuntimeError) and "not implemented for" in text:
-        return f"\nIf it takes integers, name the column: --index COLUMN, one of {', '.join(numbers)}"
+        return f"\nIf it takes integers, name the column: --index COLUMN, one of {numbers}"
     if isinstance(error, IndexError) and "out of" in text:
         return (
             "\nNumbers are passed as they are. Where a column does not count from 0 without a gap, number its values: "
-            f"--categorical COLUMN, one of {', '.join(numbers)}"
+            f"--categorical COLUMN, one of {numbers}"
         )
     return ""

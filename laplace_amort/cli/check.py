@@ -5,20 +5,21 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+from pathlib import Path
 from typing import Any
 
 import pyro
 
-from laplace_amort.cli.exits import Exit, UsageError, complain, table_of_codes
-from laplace_amort.cli.factories import Made, call, expected, read
-from laplace_amort.cli.targets import current_directory_importable, describe, load_target
+from laplace_amort.cli.exits import Exit, UsageError, complain, file_of, users_code
+from laplace_amort.cli.targets import Made, describe, expected, importable, load_target, read
+from laplace_amort.cli.words import add_command
 from laplace_amort.errors import GuideCheckError
 from laplace_amort.testing import CheckSettings, check_guide
 from laplace_amort.types import default_dtype
 
 __all__ = ["add_parser", "run"]
 
-_EPILOG = f"""\
+_EPILOG = """\
 The factory takes no arguments and returns (model, guide, args) or (model, guide, args, kwargs). In mymodel.py:
 
   def case():
@@ -32,33 +33,29 @@ is also looked for in the current directory: laplace-amort check laplace_amort.e
 
 If the guide repairs its precision by anything but SoftAbs(), say so in kwargs:
 
-      return model, guide, (data,), {{"settings": CheckSettings(repair=SoftAbs(floor=0.5))}}
+      return model, guide, (data,), {"settings": CheckSettings(repair=SoftAbs(floor=0.5))}
 
 Every comparison is printed, whether it passed or not.
-
-exit codes:
-{table_of_codes()}
 """
 
 
 def add_parser(commands: Any) -> None:
     """Add the command."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "check",
+        run,
+        _EPILOG,
         help="check precision and gradients of a hand-written guide",
         description="Check whether a guide has the precision and the ELBO gradient that it should have.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("target", metavar="FILE.py:FACTORY", help="or MODULE:FACTORY, a function without arguments")
-    parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> int:
     """Check, print every comparison, and return the exit code."""
-    with default_dtype(), current_directory_importable(), pyro.get_param_store().scope():
-        model, guide, args, typed = _case(options.target)
-        kwargs = dict(typed)
+    with default_dtype(), importable(Path.cwd()), pyro.get_param_store().scope():
+        model, guide, args, kwargs = _case(options.target)
         settings = kwargs.pop("settings", CheckSettings())
         settings = dataclasses.replace(settings, progress=sys.stderr.isatty())
         try:
@@ -72,8 +69,10 @@ def run(options: argparse.Namespace) -> int:
 
 def _case(target: str) -> Made:
     """Import the factory, call it and look at what it returned."""
-    said, lengths = f"{target}()", (3, 4)
-    made = read(call(load_target(target, "FACTORY"), said), said, lengths)
+    factory, said, lengths = load_target(target, "FACTORY"), f"{target}()", (3, 4)
+    with users_code(f"{said} raised", file_of(factory)):
+        returned = factory()
+    made = read(returned, said, lengths)
     if not callable(made.guide):
         raise UsageError(f"{expected(said, lengths)}; guide is {describe(made.guide)}")
     return made

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import math
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,10 +17,10 @@ from laplace_amort.cli.exits import UsageError
 
 __all__ = ["Column", "Table", "read_table"]
 
-_MISSING = {"", "na", "n/a", "nan", "null", "."}
+_MISSING = {"", "na", "n/a", "nan", "+nan", "-nan", "null", "."}
 _TRUTH = {"false": "0", "true": "1"}
 _SEPARATORS = {"comma": ",", "semicolon": ";", "tab": "\t", "space": " "}
-_NAMED = 5  # of what is missing, in a complaint
+_NAMED = 5  # of many labels, and of what is missing in a complaint
 
 
 @dataclass(frozen=True)
@@ -58,22 +57,24 @@ class Column:
 
     def __str__(self) -> str:
         if self.labels:
-            return f"codes of {len(self.labels)} labels, {_listed(self.labels)}"
+            shown, more = ", ".join(self.labels[:_NAMED]), ", ..." * (len(self.labels) > _NAMED)
+            return f"codes of {len(self.labels)} labels, {shown}{more}"
         low, high = (f"{value:g}" for value in (self.values.min(), self.values.max()))
         return f"{'whole ' if self.is_whole else ''}numbers from {low} to {high}"
 
 
+@dataclass(frozen=True)
 class Table:
     """The cells of a CSV file, as text.
 
     :param str source: where they are from, for complaints.
     :param list names: of the columns.
-    :param list rows: of cells.
-    :param list lines: the line of the file in which each row ends.
+    :param list rows: for each the line of the file in which it ends, and its cells.
     """
 
-    def __init__(self, source: str, names: Sequence[str], rows: Sequence[Sequence[str]], lines: Sequence[int]) -> None:
-        self.source, self.names, self.rows, self.lines = source, list(names), list(rows), list(lines)
+    source: str
+    names: Sequence[str]
+    rows: Sequence[tuple[int, Sequence[str]]]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -81,10 +82,10 @@ class Table:
     def without_missing(self, names: Iterable[str]) -> Table:
         """Return the rows in which no cell of these columns is missing."""
         at = [self.names.index(name) for name in names]
-        kept = [i for i, row in enumerate(self.rows) if not any(_is_missing(row[column]) for column in at)]
+        kept = [(line, cells) for line, cells in self.rows if not any(_is_missing(cells[column]) for column in at)]
         if not kept:
             raise UsageError(f"{self.source}: something is missing in every row")
-        return Table(self.source, self.names, [self.rows[i] for i in kept], [self.lines[i] for i in kept])
+        return Table(self.source, self.names, kept)
 
     def check_complete(self, names: Sequence[str]) -> None:
         """Refuse missing cells in these columns.
@@ -93,10 +94,10 @@ class Table:
         """
         at = [(name, self.names.index(name)) for name in names]
         found = [
-            f"line {line}, column '{name}': '{row[column]}'"
-            for row, line in zip(self.rows, self.lines, strict=True)
+            f"line {line}, column '{name}': '{cells[column]}'"
+            for line, cells in self.rows
             for name, column in at
-            if _is_missing(row[column])
+            if _is_missing(cells[column])
         ]
         if found:
             raise UsageError(
@@ -112,7 +113,7 @@ class Table:
         :raises UsageError: if it has an infinite number.
         """
         at = self.names.index(name)
-        cells = [row[at].strip() for row in self.rows]
+        cells = [row[at].strip() for _, row in self.rows]
         numbers = None if categorical else _numbers(cells)
         if numbers is None:
             labels = _sorted_labels(cells)
@@ -120,7 +121,8 @@ class Table:
             return Column(name, numpy.array([code[cell] for cell in cells], dtype=numpy.int64), labels)
         if not numpy.isfinite(numbers).all():
             first = int(numpy.flatnonzero(~numpy.isfinite(numbers))[0])
-            raise UsageError(f"{self.source}, line {self.lines[first]}, column '{name}': {cells[first]} is not finite")
+            line, _ = self.rows[first]
+            raise UsageError(f"{self.source}, line {line}, column '{name}': {cells[first]} is not finite")
         return Column(name, numbers)
 
 
@@ -147,22 +149,21 @@ def read_table(path: Path, separator: str | None = None) -> Table:
 
 def _read(file: TextIO, source: str, delimiter: str) -> Table:
     reader = csv.reader(file, delimiter=delimiter, skipinitialspace=True)
-    rows, lines = [], []
     try:
-        for row in reader:
-            if row and (len(row) > 1 or row[0].strip()):  # an empty line at the end is nothing
-                rows.append(row)
-                lines.append(reader.line_num)
+        # An empty line at the end is nothing.
+        rows = [(reader.line_num, row) for row in reader if len(row) > 1 or "".join(row).strip()]
     except csv.Error as error:
         raise UsageError(f"{source}, line {reader.line_num}: {error}") from error
     if len(rows) < 2:
         raise UsageError(f"{source} has {'no rows below its first line' if rows else 'nothing in it'}")
-    names = [name.strip() for name in rows[0]]
+    names = [name.strip() for name in rows[0][1]]
     _check_names(names, source, delimiter)
-    for row, line in zip(rows[1:], lines[1:], strict=True):
-        if len(row) != len(names):
-            raise UsageError(f"{source}, line {line}: {len(row)} cells, and the first line names {len(names)} columns")
-    return Table(source, names, rows[1:], lines[1:])
+    for line, cells in rows[1:]:
+        if len(cells) != len(names):
+            raise UsageError(
+                f"{source}, line {line}: {len(cells)} cells, and the first line names {len(names)} columns"
+            )
+    return Table(source, names, rows[1:])
 
 
 def _check_names(names: list[str], source: str, delimiter: str) -> None:
@@ -183,14 +184,12 @@ def _numbers(cells: list[str]) -> numpy.typing.NDArray[numpy.generic] | None:
     """The cells as whole numbers if all are, as floating point numbers if all are numbers, and otherwise None."""
     if all(cell.lower() in _TRUTH for cell in cells):
         cells = [_TRUTH[cell.lower()] for cell in cells]
-    try:
-        return numpy.array([int(cell) for cell in cells], dtype=numpy.int64)
-    except (ValueError, OverflowError):
-        pass
-    try:
-        return numpy.array([float(cell) for cell in cells], dtype=numpy.float64)
-    except ValueError:
-        return None
+    for kind, dtype in ((int, numpy.int64), (float, numpy.float64)):
+        try:
+            return numpy.array([kind(cell) for cell in cells], dtype=dtype)
+        except (ValueError, OverflowError):
+            pass
+    return None
 
 
 def _sorted_labels(cells: list[str]) -> tuple[str, ...]:
@@ -203,15 +202,4 @@ def _sorted_labels(cells: list[str]) -> tuple[str, ...]:
 
 
 def _is_missing(cell: str) -> bool:
-    text = cell.strip().lower()
-    if text in _MISSING:
-        return True
-    try:
-        return math.isnan(float(text))
-    except ValueError:
-        return False
-
-
-def _listed(labels: Sequence[str]) -> str:
-    shown = ", ".join(labels[:_NAMED])
-    return shown + ", ..." * (len(labels) > _NAMED)
+    return cell.strip().lower() in _MISSING

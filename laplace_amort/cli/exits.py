@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from laplace_amort import FitStatus
 from laplace_amort.types import Status
 
-__all__ = ["EXIT_OF", "Exit", "Stop", "UsageError", "complain", "table_of_codes"]
+__all__ = ["Exit", "Stop", "UsageError", "complain", "file_of", "show_traceback", "table_of_codes", "users_code"]
 
 
 class Exit(Status):
@@ -28,13 +31,6 @@ class Exit(Status):
     NOT_TRUSTED = 4, "the fit has converged, but --diagnose found something doubtful or bad"
     INTERRUPTED = 130, "interrupted by Ctrl-C; what was found until then is shown"
     NO_READER = 141, "nobody read the output to its end, as in '| head'"
-
-
-# What a fit that ended so is worth to a program.
-EXIT_OF = dict.fromkeys(FitStatus, Exit.NOT_CONVERGED) | {
-    FitStatus.CONVERGED: Exit.OK,
-    FitStatus.INTERRUPTED: Exit.INTERRUPTED,
-}
 
 
 class Stop(Exception):
@@ -65,6 +61,33 @@ def complain(message: str, code: Exit) -> Exit:
 def table_of_codes() -> str:
     """Return all codes and meanings for the help."""
     return "\n".join(f"  {code.value:>3}  {code}" for code in Exit)
+
+
+@contextmanager
+def users_code(
+    said: str, file: str | None, stop: type[Stop] = UsageError, hint: Callable[[Exception], str] = lambda error: ""
+) -> Iterator[None]:
+    """Run code of the user's; where it raises, show the place and stop.
+
+    :param str said: what comes before the error in the complaint, such as ``mymodel.py:case() raised``.
+    :param file: of that code, if it is known.
+    :param stop: what to raise.
+    :param hint: what comes after the error.
+    :raises Stop: if anything is raised.
+    """
+    try:
+        yield
+    except Stop:
+        raise
+    except Exception as error:
+        show_traceback(error, file)
+        raise stop(f"{said} {type(error).__name__}: {error}{hint(error)}") from error
+
+
+def file_of(function: Callable[..., Any]) -> str | None:
+    """Return the file with the code of a function or of a module of Pyro; None if it has no code in Python."""
+    inner = inspect.unwrap(getattr(function, "forward", function))
+    return getattr(getattr(inner, "__code__", None), "co_filename", None)
 
 
 def show_traceback(error: BaseException, file: str | None) -> None:

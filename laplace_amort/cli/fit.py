@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,40 +11,19 @@ import pyro
 import torch
 
 import laplace_amort
-from laplace_amort import (
-    FitResult,
-    FitStatus,
-    FixedDrawELBO,
-    Ladder,
-    LaplaceAmortError,
-    MarginalLaplace,
-    MarginalQuadrature,
-    NestedELBO,
-    Stochastic,
-    diagnose,
-)
-from laplace_amort.cli.case import HEADS, MODES, Case, prepare
-from laplace_amort.cli.exits import EXIT_OF, Exit, Stop, UsageError, complain, show_traceback, table_of_codes
-from laplace_amort.cli.files import check_new, check_plot_path
-from laplace_amort.cli.report import Report, diagnosis_text, needs_pandas, write_all
-from laplace_amort.cli.settings import positive
-from laplace_amort.cli.targets import current_directory_importable, strategy
+from laplace_amort import FitResult, FitStatus, LaplaceAmortError, diagnose
+from laplace_amort.cli.case import Case, prepare
+from laplace_amort.cli.exits import Exit, Stop, UsageError, complain, file_of, users_code
+from laplace_amort.cli.files import check_outputs
+from laplace_amort.cli.report import Report, diagnosis_text
+from laplace_amort.cli.targets import importable
+from laplace_amort.cli.words import STRATEGIES, add_command, positive, strategy
 from laplace_amort.errors import NUMERICAL_ERRORS
 from laplace_amort.types import default_dtype
 
-__all__ = ["OBJECTIVES", "add_parser", "run"]
+__all__ = ["add_parser", "run"]
 
-OBJECTIVES = {
-    "ladder": Ladder(),
-    "laplace": MarginalLaplace(),
-    "quadrature": MarginalQuadrature(),
-    "elbo": FixedDrawELBO(),
-    "nested": NestedELBO(),
-    "stochastic": Stochastic(),
-}
-_FORMATS = {".csv", ".nc"}
-
-_EPILOG = f"""\
+_EPILOG = """\
 The model is a Pyro model with a plate of units. Its parameters get the columns of the same names, as tensors with an
 element for each row. In mymodel.py:
 
@@ -72,26 +50,23 @@ standard error. After Ctrl-C what was found until then is shown and written; wit
 
   laplace-amort fit mymodel.py:model --data trial.csv --save fit.pt
   laplace-amort fit mymodel.py:model --data trial.csv --resume fit.pt
-
-exit codes:
-{table_of_codes()}
 """
 
 
 def add_parser(commands: Any) -> None:
     """Add the command."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "fit",
+        run,
+        _EPILOG,
         help="fit a model of your own to a CSV file",
         description="Fit a Pyro model to the columns of a CSV file, and show the posterior.",
-        epilog=_EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("target", metavar="FILE.py:MODEL", help="or MODULE:MODEL, a Pyro model or what returns one")
     _add_data_options(parser.add_argument_group("data"))
     _add_fit_options(parser.add_argument_group("fit"))
     _add_output_options(parser.add_argument_group("output"))
-    parser.set_defaults(run=run)
 
 
 def _add_data_options(group: Any) -> None:
@@ -109,10 +84,11 @@ def _add_data_options(group: Any) -> None:
 
 
 def _add_fit_options(group: Any) -> None:
+    objectives, modes, heads = (", ".join(STRATEGIES[option]) for option in ("--objective", "--mode", "--head"))
     group.add_argument("--objective", default="ladder", metavar="NAME",
-                       help=f"{', '.join(OBJECTIVES)} (default ladder), or as 'Ladder(accuracy=0.01)'")  # fmt: skip
-    group.add_argument("--mode", metavar="NAME", help=f"{', '.join(MODES)} (default newton), or a call of one")
-    group.add_argument("--head", metavar="NAME", help=f"{', '.join(HEADS)} (default joint), for the ELBO")
+                       help=f"{objectives} (default ladder), or as 'Ladder(accuracy=0.01)'")  # fmt: skip
+    group.add_argument("--mode", metavar="NAME", help=f"{modes} (default newton), or a call of one")
+    group.add_argument("--head", metavar="NAME", help=f"{heads} (default joint), for the ELBO")
     group.add_argument("--unit-plate", metavar="PLATE", help="the plate of the units (default: the largest outermost)")
     group.add_argument("--starts", type=positive, default=1, help="how many (default %(default)s)")
     group.add_argument("--seed", type=int, default=0, help="of draws and starts (default 0)")
@@ -136,10 +112,10 @@ def _add_output_options(group: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Fit, show, write, and return the exit code."""
-    objective = strategy(options.objective, OBJECTIVES, "--objective")
-    _check_outputs(options)
+    objective = strategy("--objective", options.objective)
+    check_outputs(options)
     dtype = torch.float32 if options.float32 else torch.float64
-    with default_dtype(dtype), current_directory_importable(), pyro.get_param_store().scope():
+    with default_dtype(dtype), importable(Path.cwd()), pyro.get_param_store().scope():
         case = prepare(options)
         if not options.quiet:
             print(case.told, file=sys.stderr, flush=True)
@@ -147,30 +123,26 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _fit(case: Case, objective: Any, options: argparse.Namespace) -> FitResult:
-    try:
-        if options.unit_labels:  # not only after the fit
-            case.check_labels(options.unit_labels)
-        return laplace_amort.fit(
-            case.model,
-            case.guide,
-            *case.args,
-            objective=objective,
-            starts=options.starts,
-            seed=options.seed,
-            progress=not options.quiet,
-            resume=options.resume,
-            **case.kwargs,
-        )
-    except Stop:
-        raise
-    except LaplaceAmortError as error:
-        raise Stop(f"{type(error).__name__}: {error}{_on_the_command_line(str(error))}") from error
-    except TypeError as error:  # of --objective
-        raise UsageError(str(error)) from error
-    except Exception as error:
-        code = getattr(case.model, "__code__", None)
-        show_traceback(error, getattr(code, "co_filename", None))
-        raise Stop(f"the fit raised {type(error).__name__}: {error}") from error
+    model, guide, args, kwargs = case.made
+    with users_code("the fit raised", file_of(model), Stop):
+        try:
+            if options.unit_labels:  # refused now, and not only after the fit
+                case.labels(guide.unit_model(*args, **kwargs), options.unit_labels)
+            return laplace_amort.fit(
+                model,
+                guide,
+                *args,
+                objective=objective,
+                starts=options.starts,
+                seed=options.seed,
+                progress=not options.quiet,
+                resume=options.resume,
+                **kwargs,
+            )
+        except LaplaceAmortError as error:
+            raise Stop(f"{type(error).__name__}: {error}{_on_the_command_line(str(error))}") from error
+        except TypeError as error:  # of --objective
+            raise UsageError(str(error)) from error
 
 
 def _on_the_command_line(message: str) -> str:
@@ -188,7 +160,7 @@ def _show(result: FitResult, case: Case, options: argparse.Namespace) -> int:
     """Write the files, print the result, and say by the exit code what it is worth."""
     report = Report(result, case, options)
     try:
-        written = write_all(report, options.save, options.output, options.plot)
+        written = report.write_all()
         if options.format == "csv":
             print(result.headline(), file=sys.stderr)
             print(report.csv(), end="", flush=True)
@@ -197,14 +169,14 @@ def _show(result: FitResult, case: Case, options: argparse.Namespace) -> int:
     except KeyboardInterrupt:  # in the posterior: what is known of the fit is known
         print(result.headline(), flush=True)
         raise
-    trusted, code = _diagnosed(report, options), EXIT_OF[result.status]
-    if code is Exit.INTERRUPTED:
+    trusted = _diagnosed(report, options)
+    if result.status is FitStatus.INTERRUPTED:
         how = f"go on with --resume {options.save}" if options.save else "with --save it could go on another time"
-        return complain(f"interrupted; {how}", code)
+        return complain(f"interrupted; {how}", Exit.INTERRUPTED)
     if written is not Exit.OK:
         return written
-    if code is not Exit.OK:
-        return complain("the fit has not converged", code)
+    if not result.status.ok:
+        return complain("the fit has not converged", Exit.NOT_CONVERGED)
     if report.posterior is None:
         return complain(report.problem, Exit.FAILED)
     return Exit.OK if trusted else Exit.NOT_TRUSTED
@@ -223,35 +195,3 @@ def _diagnosed(report: Report, options: argparse.Namespace) -> bool:
     out = sys.stderr if options.format == "csv" else sys.stdout
     print(f"\n{diagnosis_text(diagnosis)}", file=out, flush=True)
     return diagnosis.ok
-
-
-def _check_outputs(options: argparse.Namespace) -> None:
-    """Find out before the fit what could not be written after it."""
-    for path in options.output:
-        if path.suffix.lower() not in _FORMATS:
-            raise UsageError(f"--output {path} must end in one of {', '.join(sorted(_FORMATS))}")
-        check_new(path, "the output", options.overwrite)
-    if options.save:
-        check_new(options.save, "the state of the fit", options.overwrite or options.save == options.resume)
-    if options.resume and not options.resume.is_file():
-        raise UsageError(f"there is no file {options.resume} to resume from")
-    to_arviz = any(path.suffix.lower() == ".nc" for path in options.output)
-    if options.draws and not to_arviz:
-        raise UsageError("--draws is for a file of draws:\n    --output posterior.nc")
-    try:
-        if options.plot:
-            check_plot_path(options.plot)
-            check_new(options.plot, "the plot", options.overwrite)
-    except ImportError as error:
-        raise UsageError(str(error)) from error
-    if needs_pandas(options):
-        _require("data frames", "pandas", "pandas")
-    if to_arviz:
-        _require(".nc files", "arviz", "arviz_base", "arviz")
-        _require(".nc files", "arviz", "h5netcdf", "netCDF4")
-
-
-def _require(what: str, extra: str, *packages: str) -> None:
-    """Refuse what needs one of some packages, where none is installed."""
-    if not any(importlib.util.find_spec(package) for package in packages):
-        raise UsageError(f"{what} need {packages[0]}:\n    python -m pip install 'laplace_amort[{extra}]'")

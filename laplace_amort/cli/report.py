@@ -17,7 +17,7 @@ from laplace_amort.cli.case import Case
 from laplace_amort.cli.exits import Exit, complain
 from laplace_amort.errors import NUMERICAL_ERRORS
 
-__all__ = ["Report", "as_options"]
+__all__ = ["Report", "as_options", "diagnosis_text"]
 
 
 class Report:
@@ -49,18 +49,35 @@ class Report:
 
     def text(self) -> str:
         """Return the tables."""
-        parts = [self.result.headline()]
         if self.posterior is None:
-            return f"{parts[0]}\n{self.problem}"
-        parts.append(str(self.posterior))
+            return f"{self.result.headline()}\n{self.problem}"
+        parts = [self.result.headline(), str(self.posterior)]
         if self.options.units:
-            parts.append(self._units_table())
+            parts.append(_units_text(self._units_frame(self.posterior)))
         return "\n\n".join(parts)
 
     def csv(self) -> str:
         """Return one line for each number: ``site``, ``unit``, ``element``, mean, standard deviation and quantiles."""
-        frame = self._frame()
-        return "" if frame is None else str(frame.to_csv(index=False, float_format="%.10g", lineterminator="\n"))
+        if self.posterior is None:
+            return ""
+        frame = self.posterior.to_frame()
+        places = frame.index.str.extract(r"(?P<site>[^[]*)\[?(?P<element>[^]]*)")
+        frame.insert(0, "site", places["site"].to_numpy())
+        frame.insert(1, "unit", "")
+        frame.insert(2, "element", places["element"].to_numpy())
+        style = {"index": False, "float_format": "%.10g", "lineterminator": "\n"}
+        units = self._units_frame(self.posterior).to_csv(header=False, **style) if self.options.units else ""
+        return f"{frame.to_csv(**style)}{units}"
+
+    def write_all(self) -> Exit:
+        """Write every file that is wanted, whatever happens to another."""
+        options = self.options
+        steps = [
+            (options.save, self.result.save),
+            *((path, self.write) for path in options.output),
+            (options.plot, self.plot),
+        ]
+        return max((_written(path, write) for path, write in steps if path), default=Exit.OK)
 
     def write(self, path: Path) -> None:
         """Write a file, of the kind that its suffix says.
@@ -72,71 +89,32 @@ class Report:
         else:
             samples = {} if self.options.draws is None else {"num_samples": self.options.draws}
             # A file of a fit that did not converge says so in its attributes.
-            tree = self.result.to_arviz(coords=self._coords(), **samples)
-            tree.to_netcdf(path)
+            self.result.to_arviz(coords=self._coords(), **samples).to_netcdf(path)
 
     def plot(self, path: Path) -> None:
         """Draw the marginals of the globals, or how the fit went if there is no posterior."""
         drawn = plots.history_figure if self.posterior is None else plots.marginals_figure
         plots.save_figure(drawn(self.result), path)
 
-    def _frame(self) -> Any:
-        if self.posterior is None:
-            return None
-        frame = self.posterior.to_frame()
-        names = [str(name).partition("[") for name in frame.index]
-        frame.insert(0, "site", [site for site, _, _ in names])
-        frame.insert(1, "unit", "")
-        frame.insert(2, "element", [rest.rstrip("]") for _, _, rest in names])
-        if not self.options.units:
-            return frame
-        import pandas  # the frame is one of its own
-
-        units = self.posterior.units_to_frame()
-        units["unit"] = self._labels_by_row(units["unit"])
-        return pandas.concat([frame, units], ignore_index=True)
-
-    def _units_table(self) -> str:
-        assert self.posterior is not None
-        frame = self.posterior.units_to_frame()
-        labels = self._labels_by_row(frame["unit"])
-        elements = [
-            f"{unit}, {element}" if element else unit for unit, element in zip(labels, frame["element"], strict=True)
-        ]
-        names = [f"{site}[{element}]" for site, element in zip(frame["site"], elements, strict=True)]
-        numbers = frame.drop(columns=["site", "unit", "element"])
-        rows = [[name, *row] for name, row in zip(names, numbers.itertuples(index=False), strict=True)]
-        headers = ["unit", *(str(column).replace("%", " %") for column in numbers.columns)]
-        return tabulate(rows, headers, floatfmt=".4g", disable_numparse=[0])
-
-    def _labels(self) -> list[str]:
-        model = self.result.problem.unit_model
-        frame = model.layout.frame
-        return self.case.labels(frame.name, int(frame.full_size), model.units, self.options.unit_labels)
-
-    def _labels_by_row(self, numbers: Any) -> list[str]:
-        found = dict(zip(self.result.problem.unit_model.units.tolist(), self._labels(), strict=True))
-        return [found[int(number)] for number in numbers]
+    def _labels(self) -> dict[int, str]:
+        return self.case.labels(self.result.problem.unit_model, self.options.unit_labels)
 
     def _coords(self) -> dict[str, list[str]]:
-        labels, plate = self._labels(), self.result.problem.unit_model.layout.frame.name
+        labels, plate = list(self._labels().values()), self.result.problem.unit_model.layout.frame.name
         return {} if labels == [str(number) for number in range(len(labels))] else {plate: labels}
 
+    def _units_frame(self, posterior: Posterior) -> Any:
+        frame = posterior.units_to_frame()
+        frame["unit"] = frame["unit"].map(self._labels())
+        return frame
 
-def write_all(report: Report, save: Path | None, outputs: list[Path], plot: Path | None) -> Exit:
-    """Write every file, whatever happens to another.
 
-    :param Report report: of the fit.
-    :param save: where to keep what a later fit goes on from.
-    :param list outputs: CSV and NetCDF files.
-    :param plot: where to draw.
-    """
-    code = Exit.OK
-    steps: list[tuple[Path, Callable[[Path], None]]] = [(path, report.write) for path in outputs]
-    steps = ([(save, report.result.save)] if save else []) + steps + ([(plot, report.plot)] if plot else [])
-    for path, write in steps:
-        code = max(code, _written(path, write))
-    return code
+def _units_text(frame: Any) -> str:
+    """Return a line for each number of a unit, named as ``site[unit, element]``."""
+    places = [tuple(filter(None, words)) for words in zip(frame["unit"], frame["element"], strict=True)]
+    names = [f"{site}[{', '.join(place)}]" for site, place in zip(frame["site"], places, strict=True)]
+    columns = {"unit": names} | {name.replace("%", " %"): frame[name].tolist() for name in frame.columns[3:]}
+    return tabulate(columns, headers="keys", floatfmt=".4g", disable_numparse=[0])
 
 
 def _written(path: Path, write: Callable[[Path], None]) -> Exit:
@@ -173,8 +151,3 @@ def as_options(advice: str) -> str:
         value = ast.unparse(keyword.value)
         found.append(f"--{str(keyword.arg).replace('_', '-')} " + (value if value.isalnum() else f"'{value}'"))
     return " ".join(found)
-
-
-def needs_pandas(options: argparse.Namespace) -> bool:
-    """Whether what is asked for is made by way of data frames."""
-    return bool(options.units or options.format == "csv" or any(p.suffix.lower() == ".csv" for p in options.output))

@@ -1,23 +1,37 @@
-"""What a user names on the command line: a function in a module or in a file, and strategies by name or as a call."""
+"""What a user names on the command line: a function in a module or in a file, and the model that it makes."""
 
 from __future__ import annotations
 
-import ast
 import hashlib
 import importlib
 import importlib.util
-import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
-import laplace_amort
-from laplace_amort.cli.exits import UsageError, show_traceback
+from laplace_amort.cli.exits import Stop, UsageError, show_traceback, users_code
 
-__all__ = ["current_directory_importable", "describe", "load_target", "strategy"]
+__all__ = ["Made", "describe", "expected", "importable", "load_target", "read"]
+
+_FORMS = {2: "(model, args)", 3: "(model, guide, args)", 4: "(model, guide, args, kwargs)"}
+
+
+class Made(NamedTuple):
+    """A model with what it is called with.
+
+    :param model: a Pyro model.
+    :param guide: its guide; None if there is none.
+    :param tuple args: arguments of the model.
+    :param dict kwargs: its keyword arguments.
+    """
+
+    model: Callable[..., Any]
+    guide: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
 
 def load_target(target: str, what: str) -> Callable[..., Any]:
@@ -48,47 +62,49 @@ def describe(value: object) -> str:
 
 
 @contextmanager
-def current_directory_importable() -> Iterator[None]:
-    """Let modules of the current directory be imported, as ``python -m`` does."""
-    here = os.getcwd()
-    sys.path.insert(0, here)
+def importable(directory: Path) -> Iterator[None]:
+    """Let modules of a directory be imported, as ``python -m`` does for the current one."""
+    sys.path.insert(0, str(directory))
     try:
         yield
     finally:
-        if here in sys.path:
-            sys.path.remove(here)
+        if str(directory) in sys.path:
+            sys.path.remove(str(directory))
 
 
-def strategy(text: str, names: Mapping[str, Any], option: str) -> Any:
-    """Return a strategy that is named, or made by a call of public names such as ``Ladder(accuracy=0.01)``.
-
-    :param str text: as typed.
-    :param names: the short names and what they stand for.
-    :param str option: for the complaint.
-    :raises UsageError: if it is neither.
+def expected(said: str, lengths: Sequence[int]) -> str:
+    """Say what a call must return.
 
     Example::
 
-        >>> strategy("MarginalQuadrature(GaussHermite(17))", {}, "--objective")
-        MarginalQuadrature(rule=GaussHermite(num_points=17), start_with=MarginalLaplace())
+        >>> expected("mymodel.py:case()", (3, 4))
+        'mymodel.py:case() must return (model, guide, args) or (model, guide, args, kwargs)'
     """
-    if text in names:
-        return names[text]
-    public = {name: getattr(laplace_amort, name) for name in laplace_amort.__all__}
-    try:
-        tree = ast.parse(text, mode="eval")
-        allowed = (ast.Expression, ast.Call, ast.keyword, ast.Name, ast.Load, ast.Constant, ast.UnaryOp, ast.USub)
-        if not isinstance(tree.body, ast.Call) or not all(isinstance(node, allowed) for node in ast.walk(tree)):
-            raise SyntaxError
-        return eval(compile(tree, option, "eval"), {"__builtins__": {}}, public)
-    except SyntaxError:
-        pass
-    except Exception as error:
-        raise UsageError(f"{option} {text}: {type(error).__name__}: {error}") from error
-    raise UsageError(
-        f"{option} '{text}' is unknown; it is one of {', '.join(names)}, or a call such as\n"
-        f"    {option} '{next(iter(names.values()))!r}'"
-    )
+    *others, last = (_FORMS[length] for length in lengths)
+    return f"{said} must return {', '.join(others)}{' or ' if others else ''}{last}"
+
+
+def read(returned: Any, said: str, lengths: Sequence[int] = (2, 3, 4), stop: type[Stop] = UsageError) -> Made:
+    """Read what a function returned that makes a model.
+
+    :param returned: by the function.
+    :param str said: the call as a complaint names it.
+    :param lengths: of tuples that may be returned.
+    :param stop: what to raise.
+    :raises Stop: if it is anything else.
+    """
+    wanted = expected(said, lengths)
+    if not (isinstance(returned, tuple) and len(returned) in lengths):
+        raise stop(f"{wanted}; it returned {describe(returned)}")
+    model, *guide, args = returned[:3]
+    kwargs = returned[3] if len(returned) == 4 else {}
+    if not callable(model):
+        raise stop(f"{wanted}; model is {describe(model)}")
+    if not isinstance(args, tuple | list):
+        raise stop(f"{wanted}; args is {describe(args)}, write (data,) for one argument")
+    if not isinstance(kwargs, dict):
+        raise stop(f"{wanted}; kwargs is {describe(kwargs)}")
+    return Made(model, guide[0] if guide else None, tuple(args), dict(kwargs))
 
 
 def _from_name(name: str) -> ModuleType:
@@ -98,7 +114,7 @@ def _from_name(name: str) -> ModuleType:
         if not isinstance(error, ImportError):  # the module is there, and its own code failed
             spec = importlib.util.find_spec(name)
             show_traceback(error, spec.origin if spec else None)
-        raise _not_imported(f"module '{name}'", error) from error
+        raise UsageError(f"module '{name}' cannot be imported: {type(error).__name__}: {error}") from error
 
 
 def _from_file(path: Path) -> ModuleType:
@@ -108,23 +124,13 @@ def _from_file(path: Path) -> ModuleType:
     full = path.resolve()
     name = f"_laplace_amort_{hashlib.sha256(str(full).encode()).hexdigest()[:8]}_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, full)
-    if spec is None or spec.loader is None:
-        raise UsageError(f"file {path} is not one of Python")
+    assert spec is not None  # the file's name ends in .py
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # so that what it defines can be pickled
-    sys.path.insert(0, str(full.parent))  # as Python does for a script: its neighbors can be imported
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        show_traceback(error, str(full))
-        raise _not_imported(f"file '{path}'", error) from error
-    finally:
-        sys.path.remove(str(full.parent))
+    with importable(full.parent), users_code(f"file '{path}' cannot be imported:", str(full)):
+        spec.loader.exec_module(module)  # its neighbors can be imported, as Python has it for a script
     return module
-
-
-def _not_imported(what: str, error: Exception) -> UsageError:
-    return UsageError(f"{what} cannot be imported: {type(error).__name__}: {error}")
 
 
 def _is_own_function(value: object, module: ModuleType) -> bool:

@@ -21,22 +21,18 @@ Estimates = dict[str, tuple[Tensor, Tensor]]  # by site: an estimate for every u
 class Example:
     """One example, and what its numbers mean.
 
-    :param str name: name of the example, and of its reference posterior.
     :param str title: one line on the data and the model.
     :param module: with ``data`` and ``model``.
     :param str unit: what one unit is.
-    :param locals_: what the local sites are, in words.
-    :param raw_estimates: from the arguments of the model and the reference to the units' own estimates, without
-        pooling; NaN where a unit has none.
+    :param raw_estimates: from the arguments of the model and the reference to the units' own estimates of each local
+        site, without pooling; NaN where a unit has none.
     :param labels: what the elements of a global site mean, by site.
     :param mode: how the amortized guides find the mode of a unit.
     """
 
-    name: str
     title: str
     module: Any
     unit: str
-    locals_: Mapping[str, str]
     raw_estimates: Callable[[tuple[Tensor, ...], datasets.Reference], Estimates]
     labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     mode: NewtonMode | ClosedFormMode = field(default_factory=NewtonMode)
@@ -65,29 +61,23 @@ def _raw_lines(args: tuple[Tensor, ...], reference: datasets.Reference) -> Estim
 
 EXAMPLES = {
     "multisite": Example(
-        name="multisite",
         title="44 sites of an education experiment, Student-t effects, the conditional mode in closed form",
         module=multisite,
         unit="site",
-        locals_={"t": "effect less mu"},
         raw_estimates=_raw_effects,
         mode=ClosedFormMode(multisite.closed_form_mode),
     ),
     "epil": Example(
-        name="epil",
         title="59 patients of an epilepsy trial, Poisson log-normal counts, the conditional mode by Newton steps",
         module=epil,
         unit="patient",
-        locals_={"u": "log of rate ratio"},
         raw_estimates=_raw_log_rates,
         labels={"beta": ("intercept", "log base", "treatment", "treatment x base", "log age", "period 4")},
     ),
     "radon": Example(
-        name="radon",
         title="919 homes in 85 counties, intercept and slope of each county, the conditional mode by Newton steps",
         module=radon,
         unit="county",
-        locals_={"alpha": "log radon in the basement", "beta": "ground floor less basement"},
         raw_estimates=_raw_lines,
     ),
 }

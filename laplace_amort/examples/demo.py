@@ -8,18 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyro
-from tabulate import tabulate
 from torch import Tensor
 
-from laplace_amort import AutoLaplaceFamily, FitResult, FitStatus, FixedDrawELBO, Ladder, fit
-from laplace_amort.examples.catalogue import EXAMPLES, Example
+from laplace_amort import AutoLaplaceFamily, FitResult, FitStatus, FixedDrawELBO, Ladder, fit, plots
+from laplace_amort.examples.catalogue import EXAMPLES
 from laplace_amort.examples.settings import own_settings
 from laplace_amort.examples.yardstick import Moments, Yardstick
 
 __all__ = ["EXAMPLES", "OBJECTIVES", "DemoResult", "run"]
 
 OBJECTIVES: dict[str, Any] = {"family": FixedDrawELBO(), "ladder": Ladder()}
-_AVERAGED = 1024  # draws of the globals that moments of the units are averages over
 
 
 @dataclass(frozen=True)
@@ -42,23 +40,35 @@ class DemoResult:
     def __str__(self) -> str:
         if not self.fits:
             return f"{self.yardstick.title}\n\nnothing was fitted"
-        sections = [self.yardstick.title, self.yardstick.table(self.moments), self._evidence_table()]
-        for label, result in self.fits.items():
-            lines = [f"{label}, {type(OBJECTIVES[label]).__name__}():", *result.headline().splitlines()]
-            sections.append("\n  ".join([*lines, *self.yardstick.verdict(self.moments[label])]))
-        return "\n\n".join(sections)
+        evidence = [self._evidence(label, fit) for label, fit in self.fits.items()]
+        words = [self._words(label, fit) for label, fit in self.fits.items()]
+        return self.yardstick.report(self.moments, evidence, words)
 
-    def _evidence_table(self) -> str:
-        evidence = self.yardstick.reference.log_evidence
-        rows = []
-        for label, result in self.fits.items():
-            is_bound = bool(result.standard_error)  # the ELBO, on draws; and not an integral
-            value = result.objective if is_bound else result.posterior.log_evidence
-            shown = f"ELBO {value:.3f} ± {result.standard_error:.3f}" if is_bound else f"{value:.3f}"
-            rows.append([label, shown, f"{evidence - value:.3f}"])
-        headers = ["posterior", "log evidence", "NUTS - log evidence"]
-        table = tabulate(rows, headers, colalign=("left", "right", "right"), disable_numparse=True)
-        return f"{table}\n{self.yardstick.evidence}"
+    def _words(self, label: str, fit: FitResult) -> list[str]:
+        name = f"{label}, {type(OBJECTIVES[label]).__name__}():"
+        return [name, *fit.headline().splitlines(), *self.yardstick.verdict(self.moments[label])]
+
+    def _evidence(self, label: str, fit: FitResult) -> dict[str, str]:
+        is_bound = bool(fit.standard_error)  # the ELBO, on draws; and not an integral
+        value = fit.objective if is_bound else fit.posterior.log_evidence
+        shown = f"ELBO {value:.3f} ± {fit.standard_error:.3f}" if is_bound else f"{value:.3f}"
+        below = f"{self.yardstick.reference.log_evidence - value:.3f}"
+        return {"posterior": label, "log evidence": shown, "NUTS - log evidence": below}
+
+    def figures(self) -> dict[str, Any]:
+        """Draw the globals of each fit, and the units of the last, which is the best.
+
+        :return: figures, by what is added to the name of a file: nothing for the globals of the best.
+        :raises ImportError: if matplotlib is not installed.
+        """
+        if not self.fits:
+            return {}
+        reference, (*others, (_, best)) = self.yardstick.reference, self.fits.items()
+        found = {"": plots.marginals_figure(best, reference=reference)}
+        found |= {f"_{label}": plots.marginals_figure(fit, reference=reference) for label, fit in others}
+        for site, estimates in self.yardstick.example.raw_estimates(self.args, reference).items():
+            found[f"_{site}"] = plots.units_figure(best, site, reference=reference, raw_estimates=estimates)
+        return found
 
 
 def run(name: str = "multisite", *, seed: int = 0, progress: bool = True) -> DemoResult:
@@ -77,28 +87,18 @@ def run(name: str = "multisite", *, seed: int = 0, progress: bool = True) -> Dem
     moments: dict[str, Moments] = {}
     with own_settings():
         yardstick = Yardstick.of(name)
-        args = yardstick.example.module.data()
+        model, args = yardstick.example.module.model, yardstick.example.module.data()
         found = DemoResult(yardstick, args, fits, moments)
         try:
             for label, objective in OBJECTIVES.items():
-                result = _fit(yardstick.example, args, objective, seed, progress)
+                with pyro.get_param_store().scope():
+                    guide = AutoLaplaceFamily(model, yardstick.example.mode)
+                    result = fit(model, guide, *args, objective=objective, seed=seed, progress=progress)
                 if result.status is FitStatus.INTERRUPTED:
-                    return dataclasses.replace(found, interrupted=True)
-                moments[label] = _moments(result)
+                    raise KeyboardInterrupt
+                mean, std = result.posterior.mean(), result.posterior.std()
+                moments[label] = {site: (mean[site], std[site]) for site in mean}
                 fits[label] = result
-        except KeyboardInterrupt:  # between evaluations, or in a posterior
+        except KeyboardInterrupt:  # in a fit, between evaluations, or in a posterior
             return dataclasses.replace(found, interrupted=True)
     return found
-
-
-def _fit(example: Example, args: tuple[Tensor, ...], objective: Any, seed: int, progress: bool) -> FitResult:
-    model = example.module.model
-    with pyro.get_param_store().scope():
-        guide = AutoLaplaceFamily(model, example.mode)
-        return fit(model, guide, *args, objective=objective, seed=seed, progress=progress)
-
-
-def _moments(result: FitResult) -> Moments:
-    posterior = result.posterior.thinned(_AVERAGED)
-    mean, std = posterior.mean(), posterior.std()
-    return {name: (mean[name], std[name]) for name in mean}

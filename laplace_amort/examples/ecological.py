@@ -227,7 +227,7 @@ def overall_rates(rates: Tensor, voters: Tensor) -> Tensor:
     return (voters.unsqueeze(-1) * rates).sum(-3) / voters.sum(0).unsqueeze(-1)
 
 
-def check_case() -> tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...]]:
+def check_case() -> tuple[Callable[..., None], AutoLaplaceFamily, tuple[Tensor, ...]]:
     """Return model, guide and arguments, for ``laplace-amort check laplace_amort.examples.ecological:check_case``."""
     voters, votes = data()
     return model, AutoLaplaceFamily(model), (voters[:12], votes[:12])

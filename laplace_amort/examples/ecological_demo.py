@@ -20,7 +20,7 @@ from laplace_amort.examples.ecological_scores import (
 )
 from laplace_amort.examples.settings import own_settings
 
-__all__ = ["TITLE", "EcologicalResult", "figure", "run"]
+__all__ = ["TITLE", "EcologicalResult", "run"]
 
 TITLE = "212 precincts of North Carolina, party by race from margins alone, beside the true tables"
 _MODELS = {"same everywhere": ecological.model, "contextual": ecological.contextual_model}
@@ -52,6 +52,14 @@ class EcologicalResult:
             sections.append(_comparison(*self.estimates))
         return "\n\n".join(sections)
 
+    def figures(self) -> dict[str, Any]:
+        """Draw the estimates beside the truth, if there are any.
+
+        :return: figures, by what is added to the name of a file.
+        :raises ImportError: if matplotlib is not installed.
+        """
+        return {"": tables_figure(self.estimates, self.truth)} if self.estimates else {}
+
 
 def run(*, seed: int = 0, progress: bool = True) -> EcologicalResult:
     """Fit both models by Laplace's method; a minute at most.
@@ -60,26 +68,17 @@ def run(*, seed: int = 0, progress: bool = True) -> EcologicalResult:
     :param bool progress: whether to show bars.
     """
     with own_settings():
-        voters, votes = ecological.data()
         estimates: list[TableEstimates] = []
         truth = ecological.truth()
-        for label, model in _MODELS.items():
-            try:
-                found = fit_tables(label, model, voters, votes, seed=seed, progress=progress)
-            except KeyboardInterrupt:
-                return EcologicalResult(estimates, truth, interrupted=True)
-            if found.fit.status is FitStatus.INTERRUPTED:
-                return EcologicalResult(estimates, truth, interrupted=True)
-            estimates.append(found)
+        try:
+            for label, model in _MODELS.items():
+                found = fit_tables(label, model, *ecological.data(), seed=seed, progress=progress)
+                if found.fit.status is FitStatus.INTERRUPTED:
+                    raise KeyboardInterrupt
+                estimates.append(found)
+        except KeyboardInterrupt:
+            return EcologicalResult(estimates, truth, interrupted=True)
     return EcologicalResult(estimates, truth)
-
-
-def figure(result: EcologicalResult) -> Any:
-    """Draw the estimates beside the truth.
-
-    :raises ImportError: if matplotlib is not installed.
-    """
-    return tables_figure(result.estimates, result.truth)
 
 
 def _verdict(found: TableEstimates, truth: Tensor) -> str:

@@ -23,12 +23,7 @@ _FULL = {"natam": "Native American", "none": "neither", "dem": "Democrat", "rep"
 
 
 def tables_figure(
-    estimates: Sequence[TableEstimates],
-    truth: Tensor,
-    *,
-    choice: int = 1,
-    races: Sequence[str] = RACES,
-    choices: Sequence[str] = CHOICES,
+    estimates: Sequence[TableEstimates], truth: Tensor, *, choice: int = 1, races: Sequence[str] = RACES
 ) -> Any:
     """Draw the shares of all voters with 90 % intervals, and the shares in precincts against the truth.
 
@@ -40,27 +35,24 @@ def tables_figure(
     :param Tensor truth: the tables, counts ``(N, R, C)``.
     :param int choice: that the lower row shows.
     :param races: names.
-    :param choices: names.
     :return: a ``matplotlib.figure.Figure``, which belongs to no window.
     :raises ImportError: if matplotlib is not installed.
     """
     with style():
         figure = blank_figure(7.2, 2.2 + 0.13 * len(races) * len(estimates) + 2.5)
         upper, lower = figure.subfigures(2, 1, height_ratios=[1.1 + 0.13 * len(races) * len(estimates), 2.5])
-        panels = upper.subplots(1, len(choices), sharey=True, squeeze=False)[0]
+        panels = upper.subplots(1, len(CHOICES), sharey=True, squeeze=False)[0]
         for c, axes in enumerate(panels):
             _draw_overall(axes, estimates, truth, c)
-            axes.set_title(_full(choices[c]))
+            axes.set_title(_full(CHOICES[c]))
             axes.set_xlabel("share of the race's voters (%)")
         panels[0].set_yticks(range(len(races)), [_full(race) for race in races])
         panels[0].set_ylim(len(races) - 0.4, -0.6)
-        handles, labels = panels[0].get_legend_handles_labels()
-        upper.legend(
-            handles, labels, loc="outside upper center", ncols=min(len(handles), 5), columnspacing=1.2, frameon=False
-        )
+        shown = panels[0].get_legend_handles_labels()
+        upper.legend(*shown, loc="outside upper center", ncols=min(len(shown[0]), 5), columnspacing=1.2, frameon=False)
         for r, axes in enumerate(lower.subplots(1, len(races), squeeze=False)[0]):
             held, of = _draw_precincts(axes, estimates[-1], truth, r, choice)
-            axes.set_title(f"{_full(races[r])}, {_full(choices[choice])}\n{held} of {of} in their intervals")
+            axes.set_title(f"{_full(races[r])}, {_full(CHOICES[choice])}\n{held} of {of} in their intervals")
             axes.set_xlabel("true share in the precinct (%)")
             if r == 0:
                 axes.set_ylabel(f"estimate, 90 % interval (%)\n{estimates[-1].label}")

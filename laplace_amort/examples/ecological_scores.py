@@ -148,22 +148,16 @@ def log_evidence(result: FitResult) -> float:
     return result.objective + float(scales.log().sum()) + len(scales) / 2 * math.log(2 * math.pi)
 
 
-def overall_table(
-    estimates: Sequence[TableEstimates],
-    truth: Tensor | None,
-    races: Sequence[str] = RACES,
-    choices: Sequence[str] = CHOICES,
-) -> str:
+def overall_table(estimates: Sequence[TableEstimates], truth: Tensor | None, races: Sequence[str] = RACES) -> str:
     """Return a table of the shares of all voters of a race, in per cent, with 90 % intervals.
 
     :param estimates: a column for each.
     :param Tensor truth: the tables, ``(N, R, C)``, for a column of its own.
     :param races: names.
-    :param choices: names.
     """
     rows = []
     for r, race in enumerate(races):
-        for c, choice in enumerate(choices):
+        for c, choice in enumerate(CHOICES):
             row = [race, choice]
             if truth is not None:
                 row.append(f"{100 * float(truth[:, r, c].sum() / truth[:, r].sum()):.1f}")
@@ -172,7 +166,7 @@ def overall_table(
                 row.append(f"{100 * float(found.overall[:, r, c].mean()):.1f} ({100 * low:.1f} to {100 * high:.1f})")
             rows.append(row)
     headers = ["race", "choice", *(["truth"] if truth is not None else []), *(found.label for found in estimates)]
-    return tabulate(rows, headers, disable_numparse=True, colalign=("left", "left", *["right"] * (len(headers) - 2)))
+    return tabulate(rows, headers, disable_numparse=True, stralign="right", colalign=("left", "left"))
 
 
 def score_table(estimates: Sequence[TableEstimates], truth: Tensor) -> str:
@@ -196,7 +190,7 @@ def score_table(estimates: Sequence[TableEstimates], truth: Tensor) -> str:
             ]
         )
     headers = ["", "error", "in 90 %", "error, precincts", "in 90 %", "width", "seconds"]
-    return tabulate(rows, headers, disable_numparse=True, colalign=("left", *["right"] * 6))
+    return tabulate(rows, headers, disable_numparse=True, stralign="right", colalign=("left",))
 
 
 def _points(values: Tensor) -> float:

@@ -22,7 +22,6 @@ The scale of a hierarchy is what the joint curvature gets least right: compare t
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -59,6 +58,6 @@ def model(x: Tensor, y: Tensor) -> None:
         pyro.sample("y", dist.Poisson(log_rate.exp()).to_event(1), obs=y)
 
 
-def check_case() -> tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...]]:
+def check_case() -> tuple[Callable[..., None], AutoLaplaceFamily, tuple[Tensor, ...]]:
     """Return model, guide and arguments, for ``laplace-amort check laplace_amort.examples.epil:check_case``."""
     return model, AutoLaplaceFamily(model), data()

@@ -21,7 +21,6 @@ To fit it::
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -156,6 +155,6 @@ class AmortizedGuide:
         return log_joint.sample_sites(pyro.sample("joint", normal, infer={"is_auxiliary": True}))
 
 
-def check_case() -> tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...]]:
+def check_case() -> tuple[Callable[..., None], AutoLaplaceFamily, tuple[Tensor, ...]]:
     """Return model, guide and arguments, for ``laplace-amort check laplace_amort.examples.multisite:check_case``."""
     return model, AutoLaplaceFamily(model, ClosedFormMode(closed_form_mode)), data()

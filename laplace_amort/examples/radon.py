@@ -22,7 +22,6 @@ To fit it::
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -60,6 +59,6 @@ def model(county: Tensor, floor: Tensor, log_radon: Tensor) -> None:
         pyro.sample("log_radon", dist.Normal(mean, sigma_y), obs=log_radon)
 
 
-def check_case() -> tuple[Callable[..., Any], Callable[..., Any], tuple[Any, ...]]:
+def check_case() -> tuple[Callable[..., None], AutoLaplaceFamily, tuple[Tensor, ...]]:
     """Return model, guide and arguments, for ``laplace-amort check laplace_amort.examples.radon:check_case``."""
     return model, AutoLaplaceFamily(model), data()

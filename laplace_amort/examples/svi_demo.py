@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy
 import pyro
 import torch
 from pyro.infer import SVI, Trace_ELBO
 from pyro.optim import ClippedAdam
-from tabulate import tabulate
 from torch import Tensor
-from tqdm import tqdm
+from tqdm import trange
 
 from laplace_amort import AutoLaplaceFamily, FreeMode, JointCurvature, LaplaceGaussian, MarginalCurvature, SoftAbs
 from laplace_amort.examples.catalogue import Example
@@ -94,29 +92,23 @@ class SVIResult:
     """
 
     yardstick: Yardstick
-    fits: list[SVIFit] = field(default_factory=list)
+    fits: list[SVIFit]
     interrupted: bool = False
 
     def __str__(self) -> str:
-        table = self.yardstick.table({fit.label: fit.moments for fit in self.fits})
-        words = ["\n  ".join([f"{fit.label}:", *self._words(fit)]) for fit in self.fits]
-        return "\n\n".join([self.yardstick.title, table, self._fits_table(), *words])
+        moments = {fit.label: fit.moments for fit in self.fits}
+        words = ([f"{fit.label}:", *self._words(fit)] for fit in self.fits)
+        return self.yardstick.report(moments, [self._evidence(fit) for fit in self.fits], words)
 
-    def _fits_table(self) -> str:
-        rows = [
-            [
-                fit.label,
-                fit.num_parameters,
-                f"{len(fit.elbos)} of {fit.steps}" if len(fit.elbos) < fit.steps else fit.steps,
-                f"{fit.seconds:.1f}",
-                f"{fit.elbo:.3f} ± {fit.elbo_standard_error:.3f}",
-                f"{self.yardstick.reference.log_evidence - fit.elbo:.3f}",
-            ]
-            for fit in self.fits
-        ]
-        headers = ["guide", "parameters", "steps", "seconds", "ELBO", "log evidence - ELBO"]
-        table = tabulate(rows, headers, colalign=("left", *["right"] * 5), disable_numparse=True)
-        return f"{table}\n{self.yardstick.evidence}"
+    def _evidence(self, fit: SVIFit) -> dict[str, str]:
+        return {
+            "guide": fit.label,
+            "parameters": str(fit.num_parameters),
+            "steps": f"{len(fit.elbos)} of {fit.steps}" if len(fit.elbos) < fit.steps else str(fit.steps),
+            "seconds": f"{fit.seconds:.1f}",
+            "ELBO": f"{fit.elbo:.3f} ± {fit.elbo_standard_error:.3f}",
+            "log evidence - ELBO": f"{self.yardstick.reference.log_evidence - fit.elbo:.3f}",
+        }
 
     def _words(self, fit: SVIFit) -> list[str]:
         head, tail = fit.gaussian.head_report, fit.gaussian.tail_report
@@ -150,57 +142,42 @@ def run(name: str = "multisite", *, steps: int = STEPS, seed: int = 0, progress:
     fits: list[SVIFit] = []
     with own_settings():
         yardstick = Yardstick.of(name)
-        model, args = yardstick.example.module.model, yardstick.example.module.data()
-        for label, guide in guides(yardstick.example).items():
-            torch.manual_seed(seed)
-            try:
+        args = yardstick.example.module.data()
+        try:
+            for label, guide in guides(yardstick.example).items():
+                torch.manual_seed(seed)
                 with pyro.get_param_store().scope():
-                    fits.append(_fit(model, label, guide, args, steps, progress))
-            except KeyboardInterrupt:  # after the steps, during the evaluation
-                if not fits:
-                    raise
-                return SVIResult(yardstick, fits, interrupted=True)
-            if len(fits[-1].elbos) < steps:
-                return SVIResult(yardstick, fits, interrupted=True)
+                    fits.append(_fit(label, guide, args, steps, progress))
+                if len(fits[-1].elbos) < steps:
+                    return SVIResult(yardstick, fits, interrupted=True)
+        except KeyboardInterrupt:  # after the steps, during the evaluation
+            if not fits:
+                raise
+            return SVIResult(yardstick, fits, interrupted=True)
     return SVIResult(yardstick, fits)
 
 
-def _fit(
-    model: Callable[..., Any],
-    label: str,
-    guide: AutoLaplaceFamily,
-    args: tuple[Tensor, ...],
-    steps: int,
-    progress: bool,
-) -> SVIFit:
-    first, last = _LEARNING_RATE
+def _fit(label: str, guide: AutoLaplaceFamily, args: tuple[Tensor, ...], steps: int, progress: bool) -> SVIFit:
+    model, (first, last) = guide.model, _LEARNING_RATE
     optimizer = ClippedAdam({"lr": first, "lrd": (last / first) ** (1 / steps), "betas": _BETAS})
     svi = SVI(model, guide, optimizer, _elbo(_PARTICLES))
     elbos: list[float] = []
     start = time.perf_counter()
-    try:
-        with tqdm(total=steps, desc=label, file=sys.stderr, disable=None if progress else True) as bar:
-            for _ in range(steps):
-                elbos.append(-float(svi.step(*args)))
-                bar.set_postfix(loss=f"{-elbos[-1]:.2f}", refresh=False)
-                bar.update()
-    except KeyboardInterrupt:
-        pass  # the count of ELBOs tells
+    with (
+        suppress(KeyboardInterrupt),  # the count of ELBOs tells
+        trange(steps, desc=label, file=sys.stderr, disable=None if progress else True) as bar,
+    ):
+        for _ in bar:
+            elbos.append(-float(svi.step(*args)))
+            bar.set_postfix(loss=f"{-elbos[-1]:.2f}", refresh=False)
     seconds = time.perf_counter() - start
     with torch.no_grad():
         gaussian = guide.gaussian(*args)
     batches, particles = _EVALUATION
     elbo = torch.tensor([-_elbo(particles).loss(model, guide, *args) for _ in range(batches)])
-    return SVIFit(
-        label=label,
-        gaussian=gaussian,
-        elbos=elbos,
-        steps=steps,
-        seconds=seconds,
-        num_parameters=sum(parameter.numel() for parameter in guide.parameters()),
-        elbo=float(elbo.mean()),
-        elbo_standard_error=float(elbo.std() / batches**0.5),
-    )
+    num_parameters = sum(parameter.numel() for parameter in guide.parameters())
+    error = float(elbo.std() / batches**0.5)
+    return SVIFit(label, gaussian, elbos, steps, seconds, num_parameters, float(elbo.mean()), error)
 
 
 def _elbo(particles: int) -> Trace_ELBO:

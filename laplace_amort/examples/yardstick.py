@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from tabulate import tabulate
@@ -45,7 +45,7 @@ class Yardstick:
     @property
     def title(self) -> str:
         """The line above everything."""
-        return f"{self.example.name}: {self.example.title}"
+        return f"{self.reference.name}: {self.example.title}"
 
     def numbers(self, role: str) -> Iterator[tuple[str, str, int]]:
         """Yield label, site and flat index of every number that is "global", or "local"."""
@@ -60,21 +60,37 @@ class Yardstick:
         summary, (mean, sd) = self.reference.variables[name], moments[name]
         return ((mean - summary.mean) / summary.sd).flatten(), (sd / summary.sd).flatten()
 
+    def report(
+        self, posteriors: Mapping[str, Moments], evidence: Sequence[Mapping[str, str]], words: Iterable[Sequence[str]]
+    ) -> str:
+        """Show posteriors beside the reference: two tables, and a paragraph on each.
+
+        :param posteriors: by label.
+        :param evidence: rows of the table of their log evidences, by header.
+        :param words: lines of each paragraph.
+        """
+        evidences = tabulate(evidence, "keys", stralign="right", colalign=("left",), disable_numparse=True)
+        said = (
+            f"Reference log evidence {self.reference.log_evidence:.3f} ± "
+            f"{self.reference.log_evidence_standard_error:.3f}; what an ELBO lacks of it is the guide's KL divergence."
+        )
+        return "\n\n".join([self.title, self.table(posteriors), f"{evidences}\n{said}", *map("\n  ".join, words)])
+
     def table(self, posteriors: Mapping[str, Moments]) -> str:
         """Return a table of the globals: the reference, and below it each posterior with its errors.
 
         :param posteriors: by label.
         """
-        rows: list[list[str]] = []
+        rows = []
         for label, name, index in self.numbers("global"):
             summary = self.reference.variables[name]
-            rows.append([label, "NUTS", *(f"{float(v.flatten()[index]):.4f}" for v in (summary.mean, summary.sd))])
+            mean, sd = _at((summary.mean, summary.sd), index)
+            rows.append([label, "NUTS", f"{mean:.4f}", f"{sd:.4f}"])
             for posterior, moments in posteriors.items():
-                mean, sd = (f"{float(value.flatten()[index]):.4f}" for value in moments[name])
-                error, ratio = _at(self.errors(moments, name), index)
-                rows.append(["", posterior, mean, sd, f"{error:+.3f}", f"{ratio:.3f}"])
+                (mean, sd), (error, ratio) = _at(moments[name], index), _at(self.errors(moments, name), index)
+                rows.append(["", posterior, f"{mean:.4f}", f"{sd:.4f}", f"{error:+.3f}", f"{ratio:.3f}"])
         headers = ["global", "posterior", "mean", "sd", "error / sd", "sd ratio"]
-        return tabulate(rows, headers, colalign=("left", "left", *["right"] * 4), disable_numparse=True)
+        return tabulate(rows, headers, stralign="right", colalign=("left", "left"), disable_numparse=True)
 
     def verdict(self, moments: Moments) -> list[str]:
         """Say in words, from the numbers alone, what to believe of a posterior."""
@@ -91,18 +107,10 @@ class Yardstick:
                 lines.append(f"Do not rely on this posterior for {_listed(poor)}.")
         return lines
 
-    @property
-    def evidence(self) -> str:
-        """The log evidence, in words."""
-        reference = self.reference
-        return (
-            f"Reference log evidence {reference.log_evidence:.3f} ± {reference.log_evidence_standard_error:.3f}; what "
-            "an ELBO lacks of it is the guide's KL divergence."
-        )
-
 
 def _at(values: tuple[Tensor, Tensor], index: int) -> tuple[float, float]:
-    return float(values[0][index]), float(values[1][index])
+    first, second = (float(value.flatten()[index]) for value in values)
+    return first, second
 
 
 def _percent(ratio: float) -> str:

@@ -1,16 +1,18 @@
 """Which columns a model gets as integers: those that it looks elements up by, in every way that torch has."""
 
+import argparse
+
 import pytest
 import torch
 from torch.nn import functional
 
-from laplace_amort.cli.binding import Typed, bind
+from laplace_amort.cli.binding import bind
 from laplace_amort.cli.calling import call_once
 from laplace_amort.cli.columns import read_table
 from laplace_amort.cli.exits import Stop
 
 ROWS = "unit,other,x\n0,1,0.5\n1,1,1\n2,0,2\n"
-NONE = Typed(given={}, renamed={}, categorical=(), indices=(), drop_missing=False)
+NONE = argparse.Namespace(target="models.py:f", arg=(), map=(), categorical=(), index=(), drop_missing=False)
 FOUR = torch.arange(4.0, dtype=torch.float64)
 
 
@@ -18,7 +20,7 @@ def indices(tmp_path, function):
     """Names of the columns that a function of ``unit``, ``other`` and ``x`` gets as integers in the end."""
     path = tmp_path / "data.csv"
     path.write_text(ROWS)
-    arguments = bind(function, "models.py:f", read_table(path), NONE)
+    arguments = bind(function, read_table(path), NONE)
     return call_once(function, "models.py:f", arguments, lambda returned: None)[1].indices
 
 

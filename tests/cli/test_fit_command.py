@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import importlib.util
 import io
 import os
 import re
@@ -16,7 +17,7 @@ import torch
 import xarray
 from helpers.cli_trial import MODELS, ROWS, WAITS
 
-from laplace_amort import FitStatus
+from laplace_amort import FitStatus, MarginalLaplace
 from laplace_amort.cli import fit as fit_command
 from laplace_amort.cli import main as cli
 from laplace_amort.cli.report import as_options
@@ -274,7 +275,7 @@ def test_a_posterior_that_cannot_be_had_is_an_error(capsys, monkeypatch):
         raise ValueError("Matrix is not positive definite")
 
     with monkeypatch.context() as patch:
-        patch.setattr(fit_command.MarginalLaplace, "posterior", none)
+        patch.setattr(MarginalLaplace, "posterior", none)
         code, out, err = run(capsys, "model", *QUICK, "--diagnose")
         assert code == 1
         assert out.startswith("CONVERGED")
@@ -379,7 +380,7 @@ def test_what_is_not_installed_is_told_before_the_fit(capsys, monkeypatch, packa
 
 
 def test_netcdf_needs_a_package_that_writes_it(capsys, monkeypatch):
-    monkeypatch.setattr(fit_command.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     code, _, err = run(capsys, "model", *QUICK, "--output", "a.nc")
     assert code == 2
     assert "laplace_amort[arviz]" in err

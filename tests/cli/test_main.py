@@ -245,7 +245,8 @@ def test_demo_prints_a_table_and_writes_its_plots(tmp_path, monkeypatch, capsys,
     code, out, err = run(capsys, "demo", name, "--quiet")
     assert (code, err) == (0, "")
     assert out.startswith(f"{name}: ")
-    plots = ["", "_family", *(f"_{site}" for site in demo.EXAMPLES[name].locals_)]
+    sites = dict.fromkeys(site for _, site, _ in demo_result(name).yardstick.numbers("local"))
+    plots = ["", "_family", *(f"_{site}" for site in sites)]
     assert out.endswith(f"\nPlot: {', '.join(f'{name}{addition}.png' for addition in plots)}\n")
     for addition in plots:
         assert (tmp_path / f"{name}{addition}.png").stat().st_size > 10_000
@@ -374,8 +375,7 @@ def test_output_that_nobody_takes(error, code, said, tmp_path, monkeypatch, caps
 def test_a_terminal_that_knows_ascii_only(monkeypatch):
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
-    odd = demo_command._DEMOS["epil"]._replace(title="± \N{MINUS SIGN} é")
-    monkeypatch.setitem(demo_command._DEMOS, "epil", odd)
+    monkeypatch.setitem(demo_command._TITLES, "epil", "± \N{MINUS SIGN} é")
     assert cli.main(["demo", "--list"]) == 0
     assert b"+- - ?" in raw.getvalue()
 

@@ -10,7 +10,6 @@ from helpers.demo_results import demo_result
 from helpers.figures import misplaced_texts
 
 from laplace_amort import FitStatus
-from laplace_amort.cli.demo import _example_figures
 from laplace_amort.examples import demo
 
 NAMES = list(demo.EXAMPLES)
@@ -68,8 +67,8 @@ def test_words_say_where_the_family_is_wrong():
 @pytest.mark.parametrize("name", NAMES)
 def test_the_figures_are_complete_and_nothing_overlaps(name):
     result = demo_result(name)
-    figures = _example_figures(result)
-    sites = result.yardstick.example.locals_
+    figures = result.figures()
+    sites = dict.fromkeys(site for _, site, _ in result.yardstick.numbers("local"))
     assert list(figures) == ["", "_family", *(f"_{site}" for site in sites)]
     names = {label.split()[0] for label, _, _ in result.yardstick.numbers("global")}
     for addition in ("", "_family"):
