@@ -3,6 +3,7 @@
 This is the first room that knows Pyro: sites, plates, supports, scales and subsample indices. The rooms below it know
 tensors only.
 """
+
 from __future__ import annotations
 
 import copy
