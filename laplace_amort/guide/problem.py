@@ -187,10 +187,8 @@ class Problem:
 
     def parameters(self) -> list[Tensor]:
         """All parameters there are, of guide and model, the globals first."""
-        first = self.globals_()
-        leaves = [*self.guide.parameters(), *self.model_parameters]
-        rest: dict[int, Tensor] = {id(leaf): leaf for leaf in leaves}
-        return first + [leaf for leaf in rest.values() if all(leaf is not one for one in first)]
+        leaves = [*self.globals_(), *self.guide.parameters(), *self.model_parameters]
+        return list({id(leaf): leaf for leaf in leaves}.values())
 
     def state(self) -> tuple[Vector, tuple[Tensor, Tensor]]:
         """Return where all parameters stand, and what the guide remembers of modes."""
