@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pyro.distributions.util import broadcast_shape
 from torch import Tensor
 
 from laplace_amort.errors import ModelError
@@ -81,7 +80,7 @@ class UnitLayout:
         values, start = {}, 0
         for name, site in self.global_sites.items():
             stop = start + site.shape.numel()
-            values[name] = global_[..., start:stop].reshape(_with_leading(global_.shape[:-1], site))
+            values[name] = global_[..., start:stop].reshape(site.shape_under(global_.shape[:-1]))
             start = stop
         return values
 
@@ -90,7 +89,7 @@ class UnitLayout:
         for name, site in self.local_sites.items():
             rest = self._rest(name)
             part = local[..., start : start + rest.numel()].reshape(-1, self.num_units, *rest)
-            values[name] = part.movedim(1, self.unit_axis(name) + 1).reshape(_with_leading(leading, site))
+            values[name] = part.movedim(1, self.unit_axis(name) + 1).reshape(site.shape_under(leading))
             start += rest.numel()
         return values
 
@@ -190,9 +189,3 @@ def _refuse_other_subsampling(layout: UnitLayout) -> None:
 
 def _listed(shapes: Mapping[str, tuple[int, ...]]) -> str:
     return ", ".join(f"{name} {shape}" for name, shape in shapes.items()) or "none"
-
-
-def _with_leading(leading: torch.Size, site: LatentSite) -> tuple[int, ...]:
-    """Shape of a site's value under enclosing plates."""
-    # Pyro's: that of torch loads its compiler the first time.
-    return tuple(broadcast_shape(site.shape, leading + (1,) * site.event_dim))

@@ -26,7 +26,6 @@ from laplace_amort.model.handlers import Feed, Indices, subsampled_plates
 from laplace_amort.model.packing import Packing
 from laplace_amort.model.runs import ModelRuns
 from laplace_amort.model.sites import (
-    LatentSite,
     feasible,
     find_sites,
     plates_of,
@@ -35,7 +34,7 @@ from laplace_amort.model.sites import (
     transform_of,
 )
 
-__all__ = ["LatentSite", "LogJoint"]
+__all__ = ["LogJoint"]
 
 
 class LogJoint(ModelRuns):
@@ -201,11 +200,12 @@ class LogJoint(ModelRuns):
         the median of 15 draws: with a vague prior, somewhere else each time and far from anything. Where a mean does
         not exist, it is that median all the same.
         """
-        return self.packed_in(self.prototype(init_loc_fn))
+        return self.pack(self.unconstrained_in(self.prototype(init_loc_fn)))
 
-    def packed_in(self, trace: Any) -> Tensor:
-        """Return the packed ``(D,)`` at which a trace of the model was made, as :meth:`prototype` returns it."""
-        return self.pack({n: transform_of(trace.nodes[n]).inv(trace.nodes[n]["value"]) for n in self.sites}).detach()
+    def unconstrained_in(self, trace: Any) -> dict[str, Tensor]:
+        """Return the unconstrained value of every site in a trace of the model, as :meth:`prototype` returns it."""
+        nodes = {name: trace.nodes[name] for name in self.sites}
+        return {name: transform_of(node).inv(node["value"]).detach() for name, node in nodes.items()}
 
     def prototype(self, init_loc_fn: Callable[..., Any] = init_to_mean) -> Any:
         """Return a trace of the model at the start that :meth:`initial` gives."""
@@ -272,5 +272,7 @@ class LogJoint(ModelRuns):
     def _run_whole(self, handler: Messenger) -> Any:
         """Trace the model, and refuse a run that left out latent sites."""
         trace = self._run(handler)
-        self._packing.refuse_change(name for name in self.sites if name in trace.nodes)
+        changed = sorted(set(self.sites) - set(trace.nodes))
+        if changed:
+            raise ModelError(f"the latent sites of the model changed between runs: {changed}; they must be fixed")
         return trace

@@ -14,7 +14,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from laplace_amort.errors import LaplaceAmortError, ModelError
-from laplace_amort.model.sites import is_fixed, layers_of
+from laplace_amort.model.sites import is_fixed, layers_of, undressed
 
 __all__ = ["explained", "observed", "of_density", "of_run", "refuse_impossible_data"]
 
@@ -149,12 +149,12 @@ def refuse_impossible_data(trace: Any) -> None:
                     f"    pyro.sample('{name}', ..., obs=torch.as_tensor(data, dtype=torch.get_default_dtype()))"
                 )
             continue
-        allowed, kind = _allowed(fn, value)
+        allowed = _allowed(fn, value)
         if node["mask"] is not None and isinstance(allowed, Tensor):
             masked = torch.as_tensor(node["mask"], device=value.device)
             allowed = allowed | ~masked.reshape(masked.shape + (1,) * fn.event_dim)
         if not allowed.all():
-            raise _impossible(name, kind, fn, value, allowed.broadcast_to(value.shape))
+            raise _impossible(name, fn, value, allowed.broadcast_to(value.shape))
 
 
 def observed(trace: Any) -> list[Any]:
@@ -163,21 +163,22 @@ def observed(trace: Any) -> list[Any]:
     return [node for node in nodes if not site_is_subsample(node)]
 
 
-def _allowed(fn: Any, value: Tensor) -> tuple[Tensor, str]:
-    """Whether each element is possible, and what the distribution is called."""
-    finite = ~value.isnan() if value.is_floating_point() else torch.ones_like(value, dtype=torch.bool)
+def _allowed(fn: Any, value: Tensor) -> Tensor:
+    """Whether each element is possible."""
+    finite = ~value.isnan()
     *wrappers, fn = layers_of(fn)
     if any(isinstance(wrapper, MaskedDistribution) for wrapper in wrappers):
-        return torch.ones_like(finite), type(fn).__name__
+        return torch.ones_like(finite)
     validates = getattr(fn, "_validate_args", False)
     # Bounds of integers are data, of real numbers they may be latents.
     fixed = getattr(fn, "support", None) if validates and not fn.event_dim else None
     if fixed is not None and (fixed.is_discrete or is_fixed(fixed)):
-        return finite & fixed.check(value), type(fn).__name__
-    return finite, type(fn).__name__
+        return finite & fixed.check(value)
+    return finite
 
 
-def _impossible(name: str, kind: str, fn: Any, value: Tensor, allowed: Tensor) -> ModelError:
+def _impossible(name: str, fn: Any, value: Tensor, allowed: Tensor) -> ModelError:
+    kind = type(undressed(fn)).__name__
     index = (~allowed).nonzero()[0].tolist()
     first = value[tuple(index)]
     said = (

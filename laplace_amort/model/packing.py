@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
-from pyro.distributions.util import broadcast_shape
 from torch import Tensor
 
 from laplace_amort.errors import ModelError
@@ -47,8 +46,7 @@ class Packing:
         values = {}
         for name, site in self.sites.items():
             _refuse_overlap(site, leading)
-            shape = broadcast_shape(site.shape, leading + (1,) * site.event_dim)
-            values[name] = packed[..., site.slice].reshape(shape)
+            values[name] = packed[..., site.slice].reshape(site.shape_under(leading))
         return values
 
     def check_names(self, values: Mapping[str, Tensor]) -> None:
@@ -57,12 +55,6 @@ class Packing:
         unknown = [name for name in values if name not in self.sites]
         if missing or unknown:
             raise ModelError(f"expected a value for each of {list(self.sites)}; missing {missing}, unknown {unknown}")
-
-    def refuse_change(self, found: Iterable[str]) -> None:
-        """Refuse a run of the model that had other latent sites than those found at set-up."""
-        changed = sorted(set(found) ^ set(self.sites))
-        if changed:
-            raise ModelError(f"the latent sites of the model changed between runs: {changed}; they must be fixed")
 
 
 def _refuse_overlap(site: LatentSite, leading: torch.Size) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pyro.distributions
 import torch
 from pyro.distributions.torch_distribution import MaskedDistribution
+from pyro.distributions.util import broadcast_shape
 from pyro.infer.autoguide.initialization import init_to_median
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -71,6 +72,11 @@ class LatentSite:
     def slice(self) -> slice:
         """Where the site lies in the packed vector."""
         return slice(self.start, self.start + self.shape.numel())
+
+    def shape_under(self, leading: torch.Size) -> tuple[int, ...]:
+        """Return the shape of an unconstrained value that has leading dimensions of enclosing plates."""
+        # Pyro's function: that of torch loads its compiler the first time.
+        return tuple(broadcast_shape(self.shape, leading + (1,) * self.event_dim))
 
     @property
     def subsample_scale(self) -> float:

@@ -167,7 +167,7 @@ class UnitModel:
 
     def start_in(self, trace: Any) -> tuple[Tensor, Tensor]:
         """Return globals and units at which a trace of the model was made."""
-        return self.layout.from_sites(self.density.unpack(self.density.packed_in(trace)))
+        return self.layout.from_sites(self.density.unconstrained_in(trace))
 
     def check_deterministic(self, global_: Tensor, local: Tensor) -> None:
         """Evaluate twice at one point.
