@@ -57,8 +57,6 @@ class Problem:
         except RecordingError as error:
             self.not_recorded = str(error)
 
-    # Where the guide stands.
-
     @property
     def loc(self) -> Tensor:
         """Where the globals stand, ``(d,)``, without a graph."""
