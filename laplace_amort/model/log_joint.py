@@ -23,7 +23,7 @@ from laplace_amort.errors import ModelError
 from laplace_amort.model import messages
 from laplace_amort.model.guide_sites import refuse_subsampled, sample_images
 from laplace_amort.model.handlers import Feed, Indices, subsampled_plates
-from laplace_amort.model.packing import Packing
+from laplace_amort.model.packing import check_names, listed, pack, unpack
 from laplace_amort.model.runs import ModelRuns
 from laplace_amort.model.sites import (
     feasible,
@@ -94,14 +94,13 @@ class LogJoint(ModelRuns):
         handler = Indices(self.indices, strict=False)
         self._first_run = trace = self._run_at_zero(handler)
         self.sites = find_sites(trace)
-        self._packing = Packing(self.sites)
-        self.size = self._packing.size
+        self.size = sum(site.shape.numel() for site in self.sites.values())
         self.subsampled_plates = subsampled_plates(trace, handler.given)
         frames = [frame for node in trace.nodes.values() for frame in node.get("cond_indep_stack", ())]
         self.max_plate_nesting = max((-frame.dim for frame in frames if frame.dim is not None), default=0)
 
     def __repr__(self) -> str:
-        return f"LogJoint of {self.size} unconstrained elements: {self._packing}"
+        return f"LogJoint of {self.size} unconstrained elements: {listed(self.sites)}"
 
     def __call__(self, *values: Any) -> Tensor:
         """Evaluate the log joint density; see the class for ``values``. Returns a scalar."""
@@ -158,7 +157,7 @@ class LogJoint(ModelRuns):
 
     def pack(self, values: Mapping[str, Tensor]) -> Tensor:
         """Concatenate unconstrained values of all sites into a vector ``(D,)``, in the order of the sites."""
-        return self._packing.pack(values)
+        return pack(self.sites, values)
 
     def unpack(self, packed: Tensor) -> dict[str, Tensor]:
         """Split a packed ``(*, D)`` into unconstrained values per site.
@@ -166,7 +165,7 @@ class LogJoint(ModelRuns):
         Leading dimensions are those of enclosing plates, such as Pyro's vectorized particles ``(P, 1)``; they broadcast
         against the batch shape of each site, so that a site of shape ``(N,)`` comes out as ``(P, N)``.
         """
-        return self._packing.unpack(packed)
+        return unpack(self.sites, packed)
 
     def constrain(self, packed: Tensor) -> dict[str, Tensor]:
         """Return the constrained value of every site, for a packed ``(*, D)``; batched as by :meth:`unpack`."""
@@ -186,7 +185,7 @@ class LogJoint(ModelRuns):
 
         :raises ModelError: if a value lies outside the support of its site, or on its boundary.
         """
-        self._packing.check_names(values)
+        check_names(self.sites, values)
         transforms = self._transforms(poutine.condition(data=dict(values)))
         unconstrained = {name: transform.inv(values[name]) for name, transform in transforms.items()}
         for name, value in unconstrained.items():
