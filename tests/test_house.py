@@ -32,7 +32,7 @@ MAY_IMPORT = {**{here: [] for here in GROUND}, **{here: [*GROUND, *rooms.split()
 TENSORS = ("errors", "types", "linalg", "autodiff", "units")  # these know no Pyro
 ENTERED_BY_USERS = ("plots", "testing")  # doors of their own beside the package: what they hand on is public
 ADDRESSED_DIRECTLY = ("examples", "plots.style")  # shelves of modules, or of colors, not doors that hand names on
-TRACER = f"{ROOT}.model.log_joint"  # the one file that traces models; guides are traced where they are checked
+TRACER = f"{ROOT}.model.runs"  # the one file that traces models; guides are traced where they are checked
 TRACING = {"trace", "get_trace", "TraceMessenger", "TraceHandler", "get_importance_trace"}
 
 
@@ -171,7 +171,8 @@ SOUND = {
     "units/__init__.py": DOOR + "from laplace_amort.units.modes import Mode\n__all__ = ['Mode']",
     "units/modes.py": "import torch\nfrom laplace_amort.linalg import Matrix",
     "model/__init__.py": DOOR + "from laplace_amort.model.log_joint import LogJoint\n__all__ = ['LogJoint']",
-    "model/log_joint.py": "from pyro import poutine\nfrom ..errors import PathError\npoutine.trace(model).get_trace()",
+    "model/log_joint.py": "from ..errors import PathError",
+    "model/runs.py": "from pyro import poutine\npoutine.trace(model).get_trace()",
     "guide/__init__.py": DOOR + "from laplace_amort.guide.auto import Guide\n__all__ = ['Guide']",
     "guide/auto.py": "import pyro\nfrom laplace_amort.model import LogJoint\nfrom laplace_amort.units import Mode\n"
     "torch.jit.trace(f)\nelbo._get_trace(m)",

@@ -107,8 +107,8 @@ def record(log_joint: Density, global_: Tensor, local: Tensor) -> Recording:
     :param Tensor global_: where to record, ``(d,)``.
     :param Tensor local: ``(N, k)``.
     :raises RecordingError: if the log joint is seen to branch on the value of an argument (``.tolist()`` and NumPy are
-        not seen), writes to tensors in place, or if at
-        two other points its value or gradients are not those of the recording; the message says which.
+        not seen), writes to tensors in place, or if at two other points its value or gradients are not those of the
+        recording; the message says which.
 
     Example::
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,13 +11,13 @@ import torch
 from pyro.infer.autoguide import AutoGuide
 from pyro.infer.autoguide.initialization import init_to_mean
 from pyro.nn import PyroParam, pyro_method
-from pyro.nn.module import to_pyro_module_
-from torch import Tensor, nn
+from torch import Tensor
 
 from laplace_amort.autodiff import arrowhead_information, check_structure, dual_path, nearby, refuse_without_autograd
 from laplace_amort.errors import ModelError
 from laplace_amort.guide.gaussian import LaplaceGaussian
 from laplace_amort.guide.heads import Head, JointCurvature, MarginalCurvature
+from laplace_amort.guide.storing import copied_with, follow_store, is_importable
 from laplace_amort.guide.warm_start import WarmStart
 from laplace_amort.linalg import Arrowhead, Repair, SoftAbs, repair_head, repair_tails
 from laplace_amort.model import UnitLayout, UnitModel, UnitModels
@@ -118,30 +117,6 @@ class AutoLaplaceFamily(AutoGuide):
         self.layout: UnitLayout | None = None  # which sites are global, which local; known once the guide has run
         self._unit_models: UnitModels | None = None
 
-    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Sample every latent site of the model; returns constrained values by site."""
-        refuse_without_autograd()
-        return self.gaussian_of(self._unit_model(args, kwargs)).sample_sites(self._pyro_name, self.plates)
-
-    @pyro_method
-    def gaussian(self, *args: Any, **kwargs: Any) -> LaplaceGaussian:
-        """Return the Gaussian that this guide is, differentiable in its parameter.
-
-        Of a subsampled plate it has the units of one minibatch; ``gaussian.unit_model.units`` are their indices.
-        """
-        refuse_without_autograd()
-        with pyro.poutine.block():
-            return self.gaussian_of(self._unit_model(args, kwargs))
-
-    @pyro_method
-    def unit_model(self, *args: Any, **kwargs: Any) -> UnitModel:
-        """Return the model, for these arguments, as a function of globals and units; set up the guide if need be.
-
-        Of a subsampled plate it has the units of one minibatch.
-        """
-        with pyro.poutine.block():
-            return self._unit_model(args, kwargs)
-
     @pyro_method
     def gaussian_of(
         self, unit_model: UnitModel, *, mode: Mode | None = None, head: Head | None = None
@@ -172,6 +147,30 @@ class AutoLaplaceFamily(AutoGuide):
             head_report=head_report,
             tail_report=tail_report,
         )
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Sample every latent site of the model; returns constrained values by site."""
+        refuse_without_autograd()
+        return self.gaussian_of(self._unit_model(args, kwargs)).sample_sites(self._pyro_name, self.plates)
+
+    @pyro_method
+    def gaussian(self, *args: Any, **kwargs: Any) -> LaplaceGaussian:
+        """Return the Gaussian that this guide is, differentiable in its parameter.
+
+        Of a subsampled plate it has the units of one minibatch; ``gaussian.unit_model.units`` are their indices.
+        """
+        refuse_without_autograd()
+        with pyro.poutine.block():
+            return self.gaussian_of(self._unit_model(args, kwargs))
+
+    @pyro_method
+    def unit_model(self, *args: Any, **kwargs: Any) -> UnitModel:
+        """Return the model, for these arguments, as a function of globals and units; set up the guide if need be.
+
+        Of a subsampled plate it has the units of one minibatch.
+        """
+        with pyro.poutine.block():
+            return self._unit_model(args, kwargs)
 
     @torch.no_grad()
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
@@ -247,9 +246,9 @@ class AutoLaplaceFamily(AutoGuide):
             start = local if len(local) == size else local.mean(0).expand(size, -1).clone()
             self.loc = PyroParam(global_)  # unlike a plain Parameter, read from Pyro's store at every use
             self._warm_start = WarmStart(start, layout.global_dim)
-            self.mode = _follow_store(self._mode[0].prepare(start))
-            self.head_repair = _follow_store(self._repair[0].prepare(layout.global_dim, global_))
-            self.tail_repair = _follow_store(self._repair[0].prepare(layout.local_dim, local))
+            self.mode = follow_store(self._mode[0].prepare(start))
+            self.head_repair = follow_store(self._repair[0].prepare(layout.global_dim, global_))
+            self.tail_repair = follow_store(self._repair[0].prepare(layout.local_dim, local))
 
     def _check_sizes(self, layout: UnitLayout) -> None:
         num_units, local_dim = self._warm_start.intercept.shape
@@ -276,7 +275,7 @@ class AutoLaplaceFamily(AutoGuide):
         """Leave out what the next call makes again, and a model that cannot be imported by name."""
         state: dict[str, Any] = dict(super(AutoGuide, self).__getstate__())  # not AutoGuide's, which drops the model
         state.update(master=None, prototype_trace=None, plates={}, _unit_models=None)
-        if not _is_importable(self.model):
+        if not is_importable(self.model):
             state["_model"] = (None,)
         return state
 
@@ -287,33 +286,5 @@ class AutoLaplaceFamily(AutoGuide):
         other = type(self).__new__(type(self))
         memo[id(self)] = other
         other.__setstate__(copy.deepcopy(state, memo))
-        other.attach(_copied_with(self.model, memo))
+        other.attach(copied_with(self.model, memo))
         return other
-
-
-def _follow_store(strategy: Any) -> Any:
-    """Let parameters of a strategy be read from Pyro's store as the guide's own are; a plain module's are not."""
-    if isinstance(strategy, nn.Module):
-        to_pyro_module_(strategy)
-        for module in strategy.modules():
-            for name, value in list(module.named_parameters(recurse=False)):
-                setattr(module, name, PyroParam(value.detach()))
-    return strategy
-
-
-def _copied_with(model: Any, memo: Mapping[int, Any]) -> Any:
-    """The copy of a model that is copied together with its guide, as a part of one module; else the model itself."""
-    owner = getattr(model, "__self__", model)
-    if id(owner) not in memo:
-        return model
-    return memo[id(owner)] if owner is model else getattr(memo[id(owner)], model.__name__)
-
-
-def _is_importable(model: Any) -> bool:
-    """Whether pickle can store the model: a module, a method of one, or a function that is found under its name."""
-    if isinstance(getattr(model, "__self__", model), nn.Module):
-        return True
-    found: Any = sys.modules.get(getattr(model, "__module__", None) or "")
-    for part in getattr(model, "__qualname__", "?").split("."):
-        found = getattr(found, part, None)
-    return found is model

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -128,30 +128,25 @@ class LaplaceGaussian:
         if any(site.transform is None for site in layout.global_sites.values()):  # one run of the model for each
             rows = [self.unit_model.constrain_global(row) for row in global_]
             return {name: torch.stack([row[name] for row in rows]) for name in layout.global_sites}
-        ranks = {name: len(site.shape) - site.event_dim for name, site in layout.global_sites.items()}
-        room = (1,) * max(ranks.values(), default=0)
-        unconstrained = layout.global_to_sites(global_.reshape(len(global_), *room, -1))
-        return {
-            name: _without_room(site.transform(unconstrained[name]), ranks[name] + site.constrained_event_dim)
-            for name, site in layout.global_sites.items()
-            if site.transform
-        }
+        return _for_each(layout.global_sites, global_, self.unit_model.constrain_global)
 
     def constrained(self, global_: Tensor, local: Tensor) -> dict[str, Tensor]:
         """Return constrained values ``(Q, *shape)`` by site, for globals ``(Q, d)`` and units ``(Q, N, k)``."""
-        density = self.unit_model.density
-        ranks = {name: len(site.shape) - site.event_dim for name, site in density.sites.items()}
-        room = (1,) * max(ranks.values())  # for the plates of the model
-        unconstrained = self.unit_model.layout.to_sites(global_.reshape(len(global_), *room, -1), local)
-        values = density.to_constrained(unconstrained)
-        return {
-            name: _without_room(value, ranks[name] + density.sites[name].constrained_event_dim)
-            for name, value in values.items()
-        }
+        density, to_sites = self.unit_model.density, self.unit_model.layout.to_sites
+        return _for_each(density.sites, global_, lambda rows: density.to_constrained(to_sites(rows, local)))
 
 
-def _without_room(value: Tensor, rank: int) -> Tensor:
-    return value.reshape(len(value), *value.shape[value.dim() - rank :])
+def _for_each(
+    sites: Mapping[str, Any], global_: Tensor, constrain: Callable[[Tensor], dict[str, Tensor]]
+) -> dict[str, Tensor]:
+    """Constrained values ``(Q, *shape)`` of sites for globals ``(Q, d)``, by a function of ``(Q, 1, ..., 1, d)``."""
+    ranks = {name: len(site.shape) - site.event_dim for name, site in sites.items()}
+    room = (1,) * max(ranks.values(), default=0)  # for the plates of the model
+    values = constrain(global_.reshape(len(global_), *room, -1))
+    return {
+        name: value.reshape(len(value), *value.shape[value.dim() - ranks[name] - sites[name].constrained_event_dim :])
+        for name, value in values.items()
+    }
 
 
 def is_elementwise(transform: Transform) -> bool:

@@ -63,6 +63,62 @@ class Problem:
         loc: Any = self.guide.loc
         return torch.as_tensor(loc).detach()
 
+    def globals_(self) -> list[Tensor]:
+        """The parameter that holds the globals, alone in a list."""
+        # The second is its name once a user has assigned to it.
+        return [leaf for name, leaf in self.guide.named_parameters() if name in ("loc_unconstrained", "loc")]
+
+    @property
+    def model_parameters(self) -> list[Tensor]:
+        """Parameters of the model itself (``pyro.param``, weights of modules), listed once."""
+        return list(self._model_parameters.values())
+
+    def parameters(self) -> list[Tensor]:
+        """All parameters there are, of guide and model, the globals first."""
+        leaves = [*self.globals_(), *self.guide.parameters(), *self.model_parameters]
+        return list({id(leaf): leaf for leaf in leaves}.values())
+
+    def place(self, start: Tensor) -> None:
+        """Put the globals at a start ``(d,)``, and forget the modes found elsewhere."""
+        set_vector(self.globals_(), start.double().cpu().numpy())
+        self.recall()
+
+    def move(self, point: Vector) -> None:
+        """Put the globals at a point ``(d,)``, or all parameters at a point ``(P,)``."""
+        set_vector(self.globals_() if len(point) == len(self.loc) else self.parameters(), point)
+
+    def state(self) -> tuple[Vector, tuple[Tensor, Tensor]]:
+        """Return where all parameters stand, and what the guide remembers of modes."""
+        return to_vector(self.parameters()), self.memory()
+
+    def restore(self, state: tuple[Vector, tuple[Tensor, Tensor]]) -> None:
+        """Bring back what :meth:`state` returned, as the first start.
+
+        :raises ResumeError: if it is of other parameters.
+        """
+        vector, self._first = state
+        sizes = len(vector), self._first[0].shape
+        if sizes != (sum(p.numel() for p in self.parameters()), self.memory()[0].shape):
+            raise ResumeError(
+                f"the saved fit has {sizes[0]} parameters and units {tuple(sizes[1])}, and this guide has others. Was "
+                "it made for other data or by other settings? Start anew:\n    fit(model, guide, *args)"
+            )
+        set_vector(self.parameters(), vector)
+        self.recall()
+
+    def center_units(self, keep: Callable[[str, Callable[[], Tensor]], Tensor]) -> None:
+        """Put centers that are parameters of the guide at the modes of the units.
+
+        :param keep: calls a function, as :meth:`Journal.call` does, which keeps the result under a label.
+        """
+        mode: Any = self.guide.mode
+        if isinstance(mode, FreeMode):
+            with torch.no_grad():
+                modes = keep("centers", lambda: self.mode.find(self.unit_model, self.loc, self.start))
+                set_vector([mode.get_parameter("loc_unconstrained")], to_vector([modes]))
+
+    # What is remembered of the modes of the units.
+
     @property
     def start(self) -> Tensor:
         """A first guess of the modes of the units there, ``(N, k)``."""
@@ -89,6 +145,8 @@ class Problem:
         """Bring back what :meth:`memory` returned; by default what was known at the first start."""
         self.guide._warm_start.restore(self._first if memory is None else memory)
 
+    # The Gaussian there.
+
     def gaussian(self, *, mode: Mode | None = None, head: Head | None = None) -> LaplaceGaussian:
         """Return the Gaussian that the guide is where it stands, differentiable in its parameters.
 
@@ -110,123 +168,6 @@ class Problem:
             precision = Arrowhead(found.head, found.border, tail).with_schur(fitted.precision.schur_complement)
         return LaplaceGaussian(model, fitted.global_loc, local, precision, fitted.head_report, report)
 
-    @property
-    def model_parameters(self) -> list[Tensor]:
-        """Parameters of the model itself (``pyro.param``, weights of modules), listed once."""
-        return list(self._model_parameters.values())
-
-    def gradients(self, globals_: Tensor, locals_: Tensor) -> Gradients:
-        """Return the log joint at many points, and its gradients there and in the parameters of the model.
-
-        :param Tensor globals_: ``(S, d)``.
-        :param Tensor locals_: ``(S, N, k)``.
-        """
-        return values_and_gradients(self.unit_model, globals_, locals_, self.model_parameters)
-
-    def values(self, globals_: Tensor, locals_: Tensor) -> Tensor:
-        """Return the log joint at globals ``(S, d)`` and units ``(S, N, k)``, as ``(S,)``, without a graph."""
-        return values_and_gradients(self.unit_model, globals_, locals_, None).values
-
-    def integrals_of(self, model: UnitModel, global_: Tensor, local: Tensor) -> UnitIntegrals:
-        """Return the integrals over the units of a model, the modes found as those of the guide are.
-
-        :param UnitModel model: with these units or others.
-        :param Tensor global_: where the model is taken apart by unit, ``(d,)``.
-        :param Tensor local: ``(N, k)``.
-        :raises StructureError: if an observation depends on two units.
-        """
-        mode = self.mode if isinstance(self.mode, NewtonMode) else NewtonMode()
-        return UnitIntegrals(unit_terms(model, global_, local), mode)
-
-    @property
-    def integrals(self) -> UnitIntegrals:
-        """The marginal density of the globals, unit by unit; found once for each form of the model.
-
-        :raises StructureError: if an observation depends on two units.
-        """
-        if self._integrals is None or self._integrals[0] is not self.unit_model:
-            self._integrals = self.unit_model, self.integrals_of(self.unit_model, self.loc, self.start)
-        return self._integrals[1]
-
-    @property
-    def weight(self) -> float:
-        """N/B, where B of N units are a minibatch."""
-        return self.unit_model.layout.weight
-
-    @property
-    def subsamples(self) -> list[SubsampledPlate]:
-        """The plates of which the model takes only a part, of units or of anything else."""
-        return self.unit_model.subsamples
-
-    def refuse_minibatch(self, rest: str) -> None:
-        """Refuse a model that takes only a part of a plate; see :meth:`UnitModel.refuse_minibatch`."""
-        self.unit_model.refuse_minibatch(rest)
-
-    def global_elements(self) -> list[str]:
-        """Name each of the ``d`` unconstrained elements of the globals, such as ``B[0, 1]``."""
-        return self.unit_model.layout.global_elements()
-
-    @property
-    def mode(self) -> Mode:
-        """What finds the modes along which a marginal density is taken: the guide's, if it finds any."""
-        return NewtonMode() if isinstance(self.guide.mode, FreeMode) else self.guide.mode
-
-    def globals_(self) -> list[Tensor]:
-        """The parameter that holds the globals, alone in a list."""
-        # The second is its name once a user has assigned to it.
-        return [leaf for name, leaf in self.guide.named_parameters() if name in ("loc_unconstrained", "loc")]
-
-    def parameters(self) -> list[Tensor]:
-        """All parameters there are, of guide and model, the globals first."""
-        first = self.globals_()
-        leaves = [*self.guide.parameters(), *self.model_parameters]
-        rest: dict[int, Tensor] = {id(leaf): leaf for leaf in leaves}
-        return first + [leaf for leaf in rest.values() if all(leaf is not one for one in first)]
-
-    def state(self) -> tuple[Vector, tuple[Tensor, Tensor]]:
-        """Return where all parameters stand, and what the guide remembers of modes."""
-        return to_vector(self.parameters()), self.memory()
-
-    def restore(self, state: tuple[Vector, tuple[Tensor, Tensor]]) -> None:
-        """Bring back what :meth:`state` returned, as the first start.
-
-        :raises ResumeError: if it is of other parameters.
-        """
-        vector, self._first = state
-        sizes = len(vector), self._first[0].shape
-        if sizes != (sum(p.numel() for p in self.parameters()), self.memory()[0].shape):
-            raise ResumeError(
-                f"the saved fit has {sizes[0]} parameters and units {tuple(sizes[1])}, and this guide has others. Was "
-                "it made for other data or by other settings? Start anew:\n    fit(model, guide, *args)"
-            )
-        set_vector(self.parameters(), vector)
-        self.recall()
-
-    def log_joint_at_start(self) -> float:
-        """Return the value of the log joint where the fit starts."""
-        with torch.no_grad():
-            return float(self.unit_model.log_joint(self.loc, self.start))
-
-    def place(self, start: Tensor) -> None:
-        """Put the globals at a start ``(d,)``, and forget the modes found elsewhere."""
-        set_vector(self.globals_(), start.double().cpu().numpy())
-        self.recall()
-
-    def move(self, point: Vector) -> None:
-        """Put the globals at a point ``(d,)``, or all parameters at a point ``(P,)``."""
-        set_vector(self.globals_() if len(point) == len(self.loc) else self.parameters(), point)
-
-    def center_units(self, keep: Callable[[str, Callable[[], Tensor]], Tensor]) -> None:
-        """Put centers that are parameters of the guide at the modes of the units.
-
-        :param keep: calls a function, as :meth:`Journal.call` does, which keeps the result under a label.
-        """
-        mode: Any = self.guide.mode
-        if isinstance(mode, FreeMode):
-            with torch.no_grad():
-                modes = keep("centers", lambda: self.mode.find(self.unit_model, self.loc, self.start))
-                set_vector([mode.get_parameter("loc_unconstrained")], to_vector([modes]))
-
     @torch.no_grad()
     def kinks(self, gaussian: LaplaceGaussian) -> list[str]:
         """Say so if the curvature of a unit at its mode is not that beside it: autograd sees none at the tip of a kink.
@@ -246,6 +187,51 @@ class Problem:
             "rely on it. Is there a kink, such as abs, max or clamp, in the density?"
         ]
 
+    # What the model says.
+
+    def values(self, globals_: Tensor, locals_: Tensor) -> Tensor:
+        """Return the log joint at globals ``(S, d)`` and units ``(S, N, k)``, as ``(S,)``, without a graph."""
+        return values_and_gradients(self.unit_model, globals_, locals_, None).values
+
+    def gradients(self, globals_: Tensor, locals_: Tensor) -> Gradients:
+        """Return the log joint at many points, and its gradients there and in the parameters of the model.
+
+        :param Tensor globals_: ``(S, d)``.
+        :param Tensor locals_: ``(S, N, k)``.
+        """
+        return values_and_gradients(self.unit_model, globals_, locals_, self.model_parameters)
+
+    def log_joint_at_start(self) -> float:
+        """Return the value of the log joint where the fit starts."""
+        with torch.no_grad():
+            return float(self.unit_model.log_joint(self.loc, self.start))
+
+    @property
+    def mode(self) -> Mode:
+        """What finds the modes along which a marginal density is taken: the guide's, if it finds any."""
+        return NewtonMode() if isinstance(self.guide.mode, FreeMode) else self.guide.mode
+
+    @property
+    def integrals(self) -> UnitIntegrals:
+        """The marginal density of the globals, unit by unit; found once for each form of the model.
+
+        :raises StructureError: if an observation depends on two units.
+        """
+        if self._integrals is None or self._integrals[0] is not self.unit_model:
+            self._integrals = self.unit_model, self.integrals_of(self.unit_model, self.loc, self.start)
+        return self._integrals[1]
+
+    def integrals_of(self, model: UnitModel, global_: Tensor, local: Tensor) -> UnitIntegrals:
+        """Return the integrals over the units of a model, the modes found as those of the guide are.
+
+        :param UnitModel model: with these units or others.
+        :param Tensor global_: where the model is taken apart by unit, ``(d,)``.
+        :param Tensor local: ``(N, k)``.
+        :raises StructureError: if an observation depends on two units.
+        """
+        mode = self.mode if isinstance(self.mode, NewtonMode) else NewtonMode()
+        return UnitIntegrals(unit_terms(model, global_, local), mode)
+
     def simulations(self, gaussian: LaplaceGaussian) -> Iterator[UnitIntegrals]:
         """Yield the log probability of data by unit, for data drawn from the model at the center of a posterior.
 
@@ -262,19 +248,6 @@ class Problem:
             model.density = live.density.simulated(values)
             yield UnitIntegrals(SeparableDensity(_nothing, separated(model, owners).units), self.integrals.mode)
 
-    def refuse_model_parameters(self) -> None:
-        """Refuse a model with parameters of its own, for what moves the globals alone.
-
-        :raises ModelError: naming one.
-        """
-        for name in self._model_parameters:
-            raise ModelError(
-                f"this objective moves the latents of the model, and '{name}' is a parameter. Give it a prior, a flat "
-                "one if need be, or take the ELBO, which moves parameters too:\n"
-                f"    pyro.sample('{name}', dist.ImproperUniform(constraints.real, (), ()))\n"
-                "    fit(model, guide, *args, objective=FixedDrawELBO())"
-            )
-
     def recheck(self) -> bool:
         """Compare the recording with the model where the guide stands now, and go back to the model if it differs.
 
@@ -288,6 +261,39 @@ class Problem:
                 self.unit_model, self.not_recorded = live, str(error)
                 return True
         return False
+
+    # What the model is, and what it is refused for.
+
+    @property
+    def weight(self) -> float:
+        """N/B, where B of N units are a minibatch."""
+        return self.unit_model.layout.weight
+
+    def global_elements(self) -> list[str]:
+        """Name each of the ``d`` unconstrained elements of the globals, such as ``B[0, 1]``."""
+        return self.unit_model.layout.global_elements()
+
+    @property
+    def subsamples(self) -> list[SubsampledPlate]:
+        """The plates of which the model takes only a part, of units or of anything else."""
+        return self.unit_model.subsamples
+
+    def refuse_minibatch(self, rest: str) -> None:
+        """Refuse a model that takes only a part of a plate; see :meth:`UnitModel.refuse_minibatch`."""
+        self.unit_model.refuse_minibatch(rest)
+
+    def refuse_model_parameters(self) -> None:
+        """Refuse a model with parameters of its own, for what moves the globals alone.
+
+        :raises ModelError: naming one.
+        """
+        for name in self._model_parameters:
+            raise ModelError(
+                f"this objective moves the latents of the model, and '{name}' is a parameter. Give it a prior, a flat "
+                "one if need be, or take the ELBO, which moves parameters too:\n"
+                f"    pyro.sample('{name}', dist.ImproperUniform(constraints.real, (), ()))\n"
+                "    fit(model, guide, *args, objective=FixedDrawELBO())"
+            )
 
 
 def _nothing(global_: Tensor, local: Tensor) -> Tensor:

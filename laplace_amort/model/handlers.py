@@ -1,23 +1,19 @@
-"""Effect handlers for runs of a model inside a guide: they feed values and indices, and open the plates of a site.
+"""Effect handlers for runs of a model inside a guide: they feed values and indices.
 
-They trace nothing; :mod:`laplace_amort.model.log_joint` runs the model under them.
+They trace nothing; :mod:`laplace_amort.model.runs` runs the model under them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-import pyro
-import pyro.distributions as dist
 import torch
-from pyro import poutine
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.runtime import _DIM_ALLOCATOR, am_i_wrapped
+from pyro.poutine.runtime import _DIM_ALLOCATOR
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions.transforms import Transform
 
 from laplace_amort.errors import ModelError
 from laplace_amort.model.sites import IDENTITY, LatentSite, check_plate_sizes, log_abs_det, plates_of, transform_of
@@ -25,20 +21,11 @@ from laplace_amort.model.sites import IDENTITY, LatentSite, check_plate_sizes, l
 __all__ = [
     "Feed",
     "Indices",
-    "SitePlates",
     "SubsampledPlate",
     "no_open_plates",
-    "sample_image",
+    "ran_at",
     "subsampled_plates",
-    "weight_context",
 ]
-
-
-@contextmanager
-def weight_context(scale: Any, mask: Any) -> Iterator[None]:
-    """The ``poutine.scale`` and ``poutine.mask`` that a model has around a site, to enter once."""
-    with poutine.scale(scale=scale), poutine.mask(mask=True if mask is None else mask):
-        yield
 
 
 class SubsampledPlate(NamedTuple):
@@ -78,13 +65,14 @@ class Feed(Messenger):
 
     :param unconstrained: values by site.
     :param sites: those that were found at set-up; a plate of another size now is refused.
+
+    Attribute: ``log_jacobians`` of the sites that are constrained, by name.
     """
 
     def __init__(self, unconstrained: Mapping[str, Tensor], sites: Mapping[str, LatentSite]) -> None:
         super().__init__()
         self.unconstrained = unconstrained
         self.sites = sites
-        self.transforms: dict[str, Transform] = {}
         self.log_jacobians: dict[str, Tensor] = {}
 
     def _pyro_sample(self, msg: Any) -> None:
@@ -102,8 +90,8 @@ class Feed(Messenger):
                 f"{tuple(constrained.shape)}: did the arguments of the model change size? Make a new LogJoint for them."
             )
         msg["value"] = constrained
-        self.transforms[name] = transform
-        self.log_jacobians[name] = log_abs_det(transform, value, constrained, msg["fn"].event_dim)
+        if transform is not IDENTITY:
+            self.log_jacobians[name] = log_abs_det(transform, value, constrained, msg["fn"].event_dim)
 
 
 class Indices(Messenger):
@@ -132,49 +120,10 @@ class Indices(Messenger):
             )
 
 
-class SitePlates:
-    """The vectorized plates around a site, opened in a guide; each is made once and reused."""
-
-    def __init__(self, site: LatentSite, opened: dict[str, Any]) -> None:
-        for frame in site.plates:
-            if frame.name not in opened:
-                opened[frame.name] = pyro.plate(frame.name, frame.full_size, dim=frame.dim)
-        self.plates = [opened[frame.name] for frame in site.plates]
-        self.stack = ExitStack()
-
-    def __enter__(self) -> None:
-        with ExitStack() as stack:  # close those already open if a later one fails
-            for plate in self.plates:
-                stack.enter_context(plate)
-            self.stack = stack.pop_all()
-
-    def __exit__(self, *exc: Any) -> None:
-        self.stack.__exit__(*exc)
-
-
-def sample_image(
-    site: LatentSite,
-    transform: Transform,
-    unconstrained: Tensor,
-    weight: AbstractContextManager[Any],
-    opened: dict[str, Any],
-) -> Tensor:
-    """In a guide: make a latent site the constrained image of its unconstrained value, and return that.
-
-    :param LatentSite site: of the model.
-    :param transform: onto its support.
-    :param Tensor unconstrained: of the shape of the site, with dimensions of enclosing plates on the left.
-    :param weight: the scale and the mask around the site.
-    :param dict opened: plates by name; those that are made here are added.
-    """
-    value = transform(unconstrained)
-    with SitePlates(site, opened):
-        with weight:
-            pyro.sample(site.name, dist.Delta(value, event_dim=site.constrained_event_dim))
-        if transform is not IDENTITY and am_i_wrapped():  # bare calls have no density to keep
-            log_jacobian = log_abs_det(transform, unconstrained, value, site.constrained_event_dim)
-            pyro.factor(f"{site.name}_log_jacobian", -log_jacobian, has_rsample=True)
-    return value
+def ran_at(trace: Any, indices: Mapping[str, Tensor]) -> bool:
+    """Tell whether the plates of a run had these indices."""
+    ran = {name: node["value"] for name, node in trace.nodes.items() if site_is_subsample(node)}
+    return all(name in ran and torch.equal(ran[name].to(wanted.device), wanted) for name, wanted in indices.items())
 
 
 @contextmanager

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from pyro.distributions.util import broadcast_shape
 from torch import Tensor
 
 from laplace_amort.errors import ModelError
@@ -43,7 +42,7 @@ class UnitLayout:
     @property
     def local_dim(self) -> int:
         """Number ``k`` of unconstrained elements of each unit."""
-        return sum(self._rest(site).numel() for site in self.local_sites.values())
+        return sum(self._rest(name).numel() for name in self.local_sites)
 
     @property
     def num_units(self) -> int:
@@ -62,7 +61,7 @@ class UnitLayout:
         lines = [f"unit plate '{self.frame.name}': {size}, dim {self.frame.dim}"]
         shapes = {name: tuple(site.shape) for name, site in self.global_sites.items()}
         lines.append(f"global, {self.global_dim} in all: {_listed(shapes)}")
-        shapes = {name: tuple(self._rest(site)) for name, site in self.local_sites.items()}
+        shapes = {name: tuple(self._rest(name)) for name in self.local_sites}
         lines.append(f"local, {self.local_dim} in each unit: {_listed(shapes)}")
         return "\n".join(lines)
 
@@ -81,35 +80,29 @@ class UnitLayout:
         values, start = {}, 0
         for name, site in self.global_sites.items():
             stop = start + site.shape.numel()
-            values[name] = global_[..., start:stop].reshape(_with_leading(global_.shape[:-1], site))
+            values[name] = global_[..., start:stop].reshape(site.shape_under(global_.shape[:-1]))
             start = stop
         return values
 
     def _local_to_sites(self, local: Tensor, leading: torch.Size) -> dict[str, Tensor]:
         values, start = {}, 0
         for name, site in self.local_sites.items():
-            rest = self._rest(site)
+            rest = self._rest(name)
             part = local[..., start : start + rest.numel()].reshape(-1, self.num_units, *rest)
-            values[name] = part.movedim(1, self._axis(site) + 1).reshape(_with_leading(leading, site))
+            values[name] = part.movedim(1, self.unit_axis(name) + 1).reshape(site.shape_under(leading))
             start += rest.numel()
         return values
 
     def from_sites(self, values: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Join unconstrained values per site, of their own shapes, into ``(d,)`` and ``(N, k)``."""
-        return self.global_from_sites(values), self.local_from_sites(values)
-
-    def global_from_sites(self, values: Mapping[str, Tensor]) -> Tensor:
-        """Join the unconstrained values of the global sites into ``(d,)``."""
         parts = [values[name].reshape(-1) for name in self.global_sites]
-        return torch.cat(parts) if parts else next(iter(values.values())).new_zeros(0)
+        global_ = torch.cat(parts) if parts else next(iter(values.values())).new_zeros(0)
+        return global_, self.local_from_sites(values)
 
     def local_from_sites(self, values: Mapping[str, Tensor]) -> Tensor:
         """Join the unconstrained values of the local sites into ``(N, k)``."""
-        parts = [
-            values[name].movedim(self._axis(site), 0).reshape(self.num_units, -1)
-            for name, site in self.local_sites.items()
-        ]
-        return torch.cat(parts, dim=-1)
+        parts = [values[name].movedim(self.unit_axis(name), 0) for name in self.local_sites]
+        return torch.cat([part.reshape(self.num_units, -1) for part in parts], dim=-1)
 
     def global_elements(self) -> list[str]:
         """Name each of the ``d`` unconstrained elements of the globals, such as ``B[0, 1]``."""
@@ -117,20 +110,17 @@ class UnitLayout:
 
     def local_elements(self) -> list[str]:
         """Name each of the ``k`` unconstrained elements of a unit, such as ``slope[1]``."""
-        return [element for name, site in self.local_sites.items() for element in element_names(name, self._rest(site))]
+        return [element for name in self.local_sites for element in element_names(name, self._rest(name))]
 
     def unit_axis(self, name: str) -> int:
-        """Return the axis of the units in the value of a local site."""
-        return self._axis(self.local_sites[name])
-
-    def _axis(self, site: LatentSite) -> int:
-        """The axis of the units in the unconstrained value of a local site."""
+        """Return the axis of the units in the value of a local site, constrained or not."""
+        site = self.local_sites[name]
         return len(site.shape) - site.event_dim + int(self.frame.dim)
 
-    def _rest(self, site: LatentSite) -> torch.Size:
+    def _rest(self, name: str) -> torch.Size:
         """Shape of what one unit has of a local site."""
-        axis = self._axis(site)
-        return site.shape[:axis] + site.shape[axis + 1 :]
+        shape, axis = self.local_sites[name].shape, self.unit_axis(name)
+        return shape[:axis] + shape[axis + 1 :]
 
 
 def find_layout(sites: Mapping[str, LatentSite], unit_plate: str | None = None) -> UnitLayout:
@@ -143,22 +133,7 @@ def find_layout(sites: Mapping[str, LatentSite], unit_plate: str | None = None) 
     :raises ModelError: if a latent lies in a sequential plate, or none lies in a plate or in that one, or if latents
         outside the unit plate, or in a plate nested in it, are subsampled.
     """
-    for name, site in sites.items():
-        for plate in site.sequential_plates:
-            raise ModelError(
-                f"latent site '{name}' lies in the sequential plate '{plate}', a loop in Python over the units. "
-                f"Vectorize it:\n    with pyro.plate('{plate}', num_units):\n        pyro.sample(...)"
-            )
-    frames = {frame.name: frame for site in sites.values() for frame in site.plates}
-    if not frames:
-        raise ModelError(
-            f"no latent site lies in a plate ({', '.join(sites)}), so there are no units. If each unit has a latent, "
-            "sample it in a plate (not by .expand or .to_event):\n"
-            "    with pyro.plate('units', num_units):\n"
-            "        y = pyro.sample('y', dist.Normal(mu, tau))   # y has shape (num_units,)\n"
-            "For a model without units, Pyro has a guide:\n"
-            "    pyro.infer.autoguide.AutoLaplaceApproximation(model)"
-        )
+    frames = _plates_of_latents(sites)
     if unit_plate is None:
         outermost = [site.plates[0] for site in sites.values() if site.plates]
         unit_plate = max(outermost, key=lambda frame: frame.full_size).name
@@ -177,6 +152,27 @@ def find_layout(sites: Mapping[str, LatentSite], unit_plate: str | None = None) 
     return layout
 
 
+def _plates_of_latents(sites: Mapping[str, LatentSite]) -> dict[str, Any]:
+    """The frames of the plates that hold latents, by name; there must be one, and none that is a loop."""
+    for name, site in sites.items():
+        for plate in site.sequential_plates:
+            raise ModelError(
+                f"latent site '{name}' lies in the sequential plate '{plate}', a loop in Python over the units. "
+                f"Vectorize it:\n    with pyro.plate('{plate}', num_units):\n        pyro.sample(...)"
+            )
+    frames = {frame.name: frame for site in sites.values() for frame in site.plates}
+    if not frames:
+        raise ModelError(
+            f"no latent site lies in a plate ({', '.join(sites)}), so there are no units. If each unit has a latent, "
+            "sample it in a plate (not by .expand or .to_event):\n"
+            "    with pyro.plate('units', num_units):\n"
+            "        y = pyro.sample('y', dist.Normal(mu, tau))   # y has shape (num_units,)\n"
+            "For a model without units, Pyro has a guide:\n"
+            "    pyro.infer.autoguide.AutoLaplaceApproximation(model)"
+        )
+    return frames
+
+
 def _refuse_other_subsampling(layout: UnitLayout) -> None:
     """Only the units may be subsampled: nothing else in the guide is made afresh for each minibatch."""
     for name, site in (*layout.global_sites.items(), *layout.local_sites.items()):
@@ -193,9 +189,3 @@ def _refuse_other_subsampling(layout: UnitLayout) -> None:
 
 def _listed(shapes: Mapping[str, tuple[int, ...]]) -> str:
     return ", ".join(f"{name} {shape}" for name, shape in shapes.items()) or "none"
-
-
-def _with_leading(leading: torch.Size, site: LatentSite) -> tuple[int, ...]:
-    """Shape of a site's value under enclosing plates."""
-    # Pyro's: that of torch loads its compiler the first time.
-    return tuple(broadcast_shape(site.shape, leading + (1,) * site.event_dim))

@@ -1,14 +1,13 @@
 """The log joint density of an existing Pyro model, as a function of its unconstrained latents.
 
-This is the one room that traces Pyro models. It knows sites, plates, supports, scales and subsample indices; the rooms
-below it know tensors only.
+This is the first room that knows Pyro: sites, plates, supports, scales and subsample indices. The rooms below it know
+tensors only.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pyro
@@ -21,34 +20,24 @@ from torch import Tensor
 from torch.distributions.transforms import Transform
 
 from laplace_amort.errors import ModelError
-from laplace_amort.model import messages as model_errors
-from laplace_amort.model.first_run import FirstRun
-from laplace_amort.model.handlers import (
-    Feed,
-    Indices,
-    no_open_plates,
-    sample_image,
-    subsampled_plates,
-    weight_context,
-)
-from laplace_amort.model.packing import Packing
+from laplace_amort.model import messages
+from laplace_amort.model.guide_sites import refuse_subsampled, sample_images
+from laplace_amort.model.handlers import Feed, Indices, subsampled_plates
+from laplace_amort.model.packing import check_names, listed, pack, unpack
+from laplace_amort.model.runs import ModelRuns
 from laplace_amort.model.sites import (
-    IDENTITY,
-    LatentSite,
     feasible,
     find_sites,
-    init_to_zero,
     plates_of,
     refuse_boundary,
-    refuse_subsampled,
     subsample_scale_of,
     transform_of,
 )
 
-__all__ = ["LatentSite", "LogJoint"]
+__all__ = ["LogJoint"]
 
 
-class LogJoint:
+class LogJoint(ModelRuns):
     r"""The log joint density :math:`\log p(x(u), z) + \log|\partial x/\partial u|` of a Pyro model, in unconstrained u.
 
     The model is run as it is: scales, masks, ``pyro.factor`` and model-side ``pyro.param`` act, and the run is
@@ -101,41 +90,17 @@ class LogJoint:
     def _set_up(
         self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], indices: Mapping[str, Tensor]
     ) -> None:
-        self.model, self.args, self.kwargs, self.indices = model, args, kwargs, dict(indices)
+        super().__init__(model, args, kwargs, indices)
         handler = Indices(self.indices, strict=False)
-        trace = self._run_at_zero(handler)
+        self._first_run = trace = self._run_at_zero(handler)
         self.sites = find_sites(trace)
-        self._packing = Packing(self.sites)
-        self.size = self._packing.size
+        self.size = sum(site.shape.numel() for site in self.sites.values())
         self.subsampled_plates = subsampled_plates(trace, handler.given)
         frames = [frame for node in trace.nodes.values() for frame in node.get("cond_indep_stack", ())]
         self.max_plate_nesting = max((-frame.dim for frame in frames if frame.dim is not None), default=0)
-        self._first_run = FirstRun(trace)
 
     def __repr__(self) -> str:
-        return f"LogJoint of {self.size} unconstrained elements: {self._packing}"
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out what was seen of a run, from copies too: their arguments may be others."""
-        return {**self.__dict__, "_first_run": None}
-
-    def given(self, *args: Any, **kwargs: Any) -> LogJoint:
-        """Return the same log joint for other arguments of the same sizes, without looking for its sites again."""
-        other = copy.copy(self)
-        other.args, other.kwargs = args, kwargs
-        return other
-
-    def with_indices(self, **indices: Tensor) -> LogJoint:
-        """Return the same log joint with the given subsample indices, one ``(B,)`` tensor per plate name.
-
-        A guide that subsamples opens the plate itself and hands its indices on, so that the guide, this inner run and
-        SVI's own run of the model see the same units: ``log_joint.with_indices(units=plate.indices)``.
-        """
-        other = copy.copy(self)
-        other.indices = {**self.indices, **indices}
-        if self._first_run is not None and self._first_run.had(indices):
-            other._first_run = self._first_run
-        return other
+        return f"LogJoint of {self.size} unconstrained elements: {listed(self.sites)}"
 
     def __call__(self, *values: Any) -> Tensor:
         """Evaluate the log joint density; see the class for ``values``. Returns a scalar."""
@@ -148,34 +113,10 @@ class LogJoint:
             raise TypeError(f"a LogJoint takes one mapping from site name to tensor, or tensors; got {kinds}")
         return self.evaluate(self.unpack(packed))
 
-    def check_data(self) -> None:
-        """Refuse data that are impossible wherever the latents are, or NaN.
-
-        :raises ModelError: naming site, index and value.
-        """
-        self._first().check_data()
-
-    def suspicious_data(self) -> str:
-        """Say which observed value lies outside the support of its distribution; nothing if none is seen to.
-
-        Where the log joint is minus infinity, this may tell why. It is a suspicion, and :meth:`check_data` is certain:
-        here, a support may depend on a latent, and is that of a single run.
-        """
-        return model_errors.outside_support(self._run_at_zero())
-
     def evaluate(self, unconstrained: Mapping[str, Tensor]) -> Tensor:
         """Evaluate the log joint density at unconstrained values of every site; like a call, without packing."""
-        trace, log_jacobians = self._run_at(unconstrained)
-        try:
-            total: Any = trace.log_prob_sum()
-        except RuntimeError as error:
-            explained = model_errors.of_density(error, trace)
-            if explained is None:
-                raise
-            raise explained from error
-        for name, log_jacobian in log_jacobians.items():
-            total = total + subsample_scale_of(plates_of(trace.nodes[name])) * log_jacobian.sum()
-        return total
+        total, *others = (values.sum() for _, _, values in self.terms(unconstrained))
+        return sum(others, total)
 
     def terms(self, unconstrained: Mapping[str, Tensor]) -> list[tuple[str, tuple[Any, ...], Tensor]]:
         """Evaluate the terms that the log joint density is the sum of, at unconstrained values of every site.
@@ -184,21 +125,16 @@ class LogJoint:
         :return: for each site that has a density, and for each log-Jacobian: the name of the site, the frames of its
             vectorized plates, and a term for each element of its batch shape, scales and masks applied.
         """
-        trace, log_jacobians = self._run_at(unconstrained)
-        trace.compute_log_prob()
+        feed = Feed(unconstrained, self.sites)
+        trace = self._run_whole(feed)
+        with messages.explained(lambda error: messages.of_density(error, trace)):
+            trace.compute_log_prob()
         nodes = [node for node in trace.nodes.values() if node["type"] == "sample" and "log_prob" in node]
-        densities = [(node["name"], plates_of(node), node["log_prob"]) for node in nodes]
-        jacobians = []
-        for name, log_jacobian in log_jacobians.items():
+        found = [(node["name"], plates_of(node), node["log_prob"]) for node in nodes]
+        for name, log_jacobian in feed.log_jacobians.items():
             plates = plates_of(trace.nodes[name])
-            jacobians.append((name, plates, subsample_scale_of(plates) * log_jacobian))
-        return densities + jacobians
-
-    def _run_at(self, unconstrained: Mapping[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
-        """Trace the model there; returns the log-Jacobians of the sites whose coordinates are others as well."""
-        trace, feed = self._fed(unconstrained)
-        others = {name: part for name, part in feed.log_jacobians.items() if feed.transforms[name] is not IDENTITY}
-        return trace, others
+            found.append((name, plates, subsample_scale_of(plates) * log_jacobian))
+        return found
 
     def simulated(self, values: Mapping[str, Tensor]) -> LogJoint:
         """Return the log joint of the same model for data that are drawn from it, and latents that are not given too.
@@ -221,7 +157,7 @@ class LogJoint:
 
     def pack(self, values: Mapping[str, Tensor]) -> Tensor:
         """Concatenate unconstrained values of all sites into a vector ``(D,)``, in the order of the sites."""
-        return self._packing.pack(values)
+        return pack(self.sites, values)
 
     def unpack(self, packed: Tensor) -> dict[str, Tensor]:
         """Split a packed ``(*, D)`` into unconstrained values per site.
@@ -229,7 +165,7 @@ class LogJoint:
         Leading dimensions are those of enclosing plates, such as Pyro's vectorized particles ``(P, 1)``; they broadcast
         against the batch shape of each site, so that a site of shape ``(N,)`` comes out as ``(P, N)``.
         """
-        return self._packing.unpack(packed)
+        return unpack(self.sites, packed)
 
     def constrain(self, packed: Tensor) -> dict[str, Tensor]:
         """Return the constrained value of every site, for a packed ``(*, D)``; batched as by :meth:`unpack`."""
@@ -237,7 +173,8 @@ class LogJoint:
 
     def to_constrained(self, unconstrained: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the constrained value of every site from its unconstrained one."""
-        return {name: transform(unconstrained[name]) for name, transform in self._transforms(unconstrained).items()}
+        transforms = self._transforms(Feed(unconstrained, self.sites))
+        return {name: transform(unconstrained[name]) for name, transform in transforms.items()}
 
     def unconstrain(self, values: Mapping[str, Tensor]) -> Tensor:
         """Return the packed vector ``(D,)`` of unconstrained values, for constrained values of every site."""
@@ -248,12 +185,9 @@ class LogJoint:
 
         :raises ModelError: if a value lies outside the support of its site, or on its boundary.
         """
-        self._packing.check_names(values)
-        transforms = self._fixed_transforms()
-        if len(transforms) < len(self.sites):
-            trace = self._run_whole(poutine.condition(data=dict(values)))
-            transforms = {name: transform_of(trace.nodes[name]) for name in self.sites}
-        unconstrained = {name: transforms[name].inv(values[name]) for name in self.sites}
+        check_names(self.sites, values)
+        transforms = self._transforms(poutine.condition(data=dict(values)))
+        unconstrained = {name: transform.inv(values[name]) for name, transform in transforms.items()}
         for name, value in unconstrained.items():
             refuse_boundary(name, values[name], value)
         return unconstrained
@@ -265,28 +199,21 @@ class LogJoint:
         the median of 15 draws: with a vague prior, somewhere else each time and far from anything. Where a mean does
         not exist, it is that median all the same.
         """
-        return self.packed_in(self.prototype(init_loc_fn))
+        return self.pack(self.unconstrained_in(self.prototype(init_loc_fn)))
 
-    def packed_in(self, trace: Any) -> Tensor:
-        """Return the packed ``(D,)`` at which a trace of the model was made, as :meth:`prototype` returns it."""
-        return self.pack({n: transform_of(trace.nodes[n]).inv(trace.nodes[n]["value"]) for n in self.sites}).detach()
+    def unconstrained_in(self, trace: Any) -> dict[str, Tensor]:
+        """Return the unconstrained value of every site in a trace of the model, as :meth:`prototype` returns it."""
+        nodes = {name: trace.nodes[name] for name in self.sites}
+        return {name: transform_of(node).inv(node["value"]).detach() for name, node in nodes.items()}
 
     def prototype(self, init_loc_fn: Callable[..., Any] = init_to_mean) -> Any:
         """Return a trace of the model at the start that :meth:`initial` gives."""
         return self._run_whole(InitMessenger(feasible(init_loc_fn)))
 
-    def parameters(self) -> dict[str, Tensor]:
-        """Return the model's own parameters (``pyro.param``, weights of modules) by name: the unconstrained leaves.
-
-        They are those of one run, which is made once.
-        """
-        return self._first().parameters()
-
     def log_jacobian(self, packed: Tensor) -> Tensor:
         r"""Return :math:`\log|\partial x/\partial u|` at a packed ``(D,)``, a scalar; without subsampling factors."""
-        unconstrained = self.unpack(packed)
-        total = packed.new_zeros(())
-        for name, transform in self._transforms(unconstrained).items():
+        unconstrained, total = self.unpack(packed), packed.new_zeros(())
+        for name, transform in self._transforms(Feed(unconstrained, self.sites)).items():
             value = unconstrained[name]
             total = total + transform.log_abs_det_jacobian(value, transform(value)).sum()
         return total
@@ -329,73 +256,22 @@ class LogJoint:
         :param plates: plates of the model that the guide made itself; the others are made here.
         :return: constrained values per site.
         """
-        opened = {plate.name: plate for plate in plates}
-        transforms = self._transforms(unconstrained)
-        weights = self._weights(unconstrained)
-        values = {}
-        for name, site in self.sites.items():
-            # Weights are nothing to a Delta, but TraceMeanField_ELBO scales and masks the model's density by them.
-            values[name] = sample_image(site, transforms[name], unconstrained[name], weights[name], opened)
-        return values
+        at = Feed(unconstrained, self.sites)
+        nodes = self._run_whole(at).nodes if any(site.weighted for site in self.sites.values()) else {}
+        return sample_images(self.sites, self._transforms(at), unconstrained, plates, nodes)
 
-    def _fixed_transforms(self) -> dict[str, Transform]:
-        """The transforms of the sites whose support depends on no other latent."""
-        return {name: site.transform for name, site in self.sites.items() if site.transform is not None}
-
-    def _transforms(self, unconstrained: Mapping[str, Tensor]) -> dict[str, Transform]:
-        known = self._fixed_transforms()
-        if len(known) == len(self.sites):
-            return known
-        # A support that depends on other latents, such as Uniform(0, theta), is known only once they are.
-        transforms = self._fed(unconstrained)[1].transforms
-        return {name: known.get(name, transforms[name]) for name in self.sites}
-
-    def _weights(self, unconstrained: Mapping[str, Tensor]) -> dict[str, AbstractContextManager[Any]]:
-        """The ``poutine.scale`` and ``poutine.mask`` that the model has around each site, to enter once."""
-        if not any(site.weighted for site in self.sites.values()):
-            return {name: nullcontext() for name in self.sites}
-        nodes = self._fed(unconstrained)[0].nodes
-        # The plates that the guide opens bring their own share of the scale.
-        return {
-            name: weight_context(nodes[name]["scale"] / subsample_scale_of(plates_of(nodes[name])), nodes[name]["mask"])
-            for name in self.sites
-        }
-
-    def _first(self) -> FirstRun:
-        """Return what a run for these arguments shows: that of set-up, or another if they are others."""
-        if self._first_run is None:
-            self._first_run = FirstRun(self._run_at_zero())
-        return self._first_run
-
-    def _run_at_zero(self, indices: Indices | None = None) -> Any:
-        """Trace the model at a point that is always feasible; a draw from a vague prior might overflow the likelihood.
-
-        What is drawn on the way must not change the draws of a guide that makes its LogJoint in every call.
-        """
-        with torch.random.fork_rng(devices=[]):
-            return self._run(InitMessenger(init_to_zero), indices)
-
-    def _fed(self, unconstrained: Mapping[str, Tensor]) -> tuple[Any, Feed]:
-        """Trace the model at unconstrained values; returns transforms and log-Jacobians as well."""
-        feed = Feed(unconstrained, self.sites)
-        return self._run_whole(feed), feed
+    def _transforms(self, at: Messenger) -> dict[str, Transform]:
+        """The transforms of all sites; of a support that depends on other latents, a run under a handler tells."""
+        transforms = {name: site.transform for name, site in self.sites.items() if site.transform is not None}
+        if len(transforms) == len(self.sites):
+            return transforms
+        nodes = self._run_whole(at).nodes
+        return {name: transform_of(nodes[name]) for name in self.sites}
 
     def _run_whole(self, handler: Messenger) -> Any:
         """Trace the model, and refuse a run that left out latent sites."""
-        trace: Any = self._run(handler)
-        self._packing.refuse_change(name for name in self.sites if name in trace.nodes)
+        trace = self._run(handler)
+        changed = sorted(set(self.sites) - set(trace.nodes))
+        if changed:
+            raise ModelError(f"the latent sites of the model changed between runs: {changed}; they must be fixed")
         return trace
-
-    def _run(self, handler: Messenger, indices: Indices | None = None) -> poutine.Trace:
-        """Trace one run of the model under ``handler``, hidden from every handler outside."""
-        indices = Indices(self.indices, strict=True) if indices is None else indices
-        with no_open_plates(), poutine.block(), indices, handler:
-            tracer = poutine.trace(self.model)
-            try:
-                return tracer.get_trace(*self.args, **self.kwargs)
-            except (RuntimeError, ValueError, IndexError, TypeError) as error:
-                arguments = model_errors.arguments_of(self.model, self.args, self.kwargs)
-                explained = model_errors.of_run(error, tracer.trace, arguments)
-                if explained is None:
-                    raise
-                raise explained from error

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,9 +14,9 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from laplace_amort.errors import LaplaceAmortError, ModelError
-from laplace_amort.model.sites import is_fixed, layers_of
+from laplace_amort.model.sites import is_fixed, layers_of, undressed
 
-__all__ = ["arguments_of", "of_density", "of_run", "outside_support", "refuse_impossible_data"]
+__all__ = ["explained", "observed", "of_density", "of_run", "refuse_impossible_data"]
 
 # How torch says that an operation got tensors of two dtypes.
 _DTYPES = re.compile(r"\bdtype|scalar type|can't be cast|bool tensor", re.IGNORECASE)
@@ -26,20 +27,28 @@ _BEYOND = re.compile(r"index (-?\d+) is out of bounds for dimension \d+ with siz
 _ARRAY = re.compile(r"ndarray|'(Series|DataFrame)'")
 
 
-def arguments_of(model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a call by the names that the model has for them, and by number where it has none."""
+@contextmanager
+def explained(explain: Callable[[Exception], ModelError | None]) -> Iterator[None]:
+    """Put an explanation in place of an error that is raised inside, where there is one."""
     try:
-        return dict(inspect.signature(model).bind(*args, **kwargs).arguments)
-    except (TypeError, ValueError):
-        return {**{f"number {i}": value for i, value in enumerate(args)}, **kwargs}
+        yield
+    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+        explanation = explain(error)
+        if explanation is None:
+            raise
+        raise explanation from error
 
 
-def of_run(error: Exception, trace: Any, arguments: Mapping[str, Any]) -> ModelError | None:
+def of_run(
+    error: Exception, trace: Any, model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> ModelError | None:
     """Explain what a run of a model raised; None where its own message is the best.
 
     :param Exception error: of Pyro, torch or Python.
     :param trace: of the sites before it.
-    :param arguments: of the model, by name.
+    :param model: that was run.
+    :param args: its positional arguments.
+    :param kwargs: its keyword arguments.
     """
     if isinstance(error, LaplaceAmortError):
         said, *shapes = _SHAPES.split(str(error))  # shapes name no more sites
@@ -47,12 +56,10 @@ def of_run(error: Exception, trace: Any, arguments: Mapping[str, Any]) -> ModelE
     line = str(error).split("\n")[0]
     if isinstance(error, IndexError | TypeError):
         return _of_lookup(error, line, trace)
-    parameter = _PARAMETER.search(line)
-    if parameter:
-        return _of_parameter(parameter, trace, arguments) if "nan" in str(error) else None
-    mismatch = _OUTSIDE.search(line)
-    if mismatch:
-        return _of_size(mismatch, trace, arguments)
+    if parameter := _PARAMETER.search(line):
+        return _of_parameter(parameter, trace, _arguments(model, args, kwargs)) if "nan" in str(error) else None
+    if mismatch := _OUTSIDE.search(line):
+        return _of_size(mismatch, trace, _arguments(model, args, kwargs))
     if isinstance(error, RuntimeError) and _DTYPES.search(line):
         after = _after(trace, with_dtype=True)
         return ModelError(
@@ -63,6 +70,14 @@ def of_run(error: Exception, trace: Any, arguments: Mapping[str, Any]) -> ModelE
             "    torch.set_default_dtype(torch.float64)"
         )
     return None
+
+
+def _arguments(model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call by the names that the model has for them, and by number where it has none."""
+    try:
+        return dict(inspect.signature(model).bind(*args, **kwargs).arguments)
+    except (TypeError, ValueError):
+        return {**{f"number {i}": value for i, value in enumerate(args)}, **kwargs}
 
 
 def _of_size(mismatch: re.Match[str], trace: Any, arguments: Mapping[str, Any]) -> ModelError:
@@ -85,8 +100,7 @@ def _of_size(mismatch: re.Match[str], trace: Any, arguments: Mapping[str, Any]) 
 
 def _of_lookup(error: Exception, line: str, trace: Any) -> ModelError | None:
     """An index that torch does not take, or a number that is no tensor."""
-    beyond = _BEYOND.search(line)
-    if beyond:
+    if beyond := _BEYOND.search(line):
         index, size = beyond.groups()
         return ModelError(
             f"the model looks up element {index}{_after(trace)}, and there are {size}, from 0 to {int(size) - 1}. Make "
@@ -126,7 +140,7 @@ def refuse_impossible_data(trace: Any) -> None:
     :param trace: of a run of the model, with supports that may depend on latents; these are left alone.
     :raises ModelError: naming site, index and value.
     """
-    for node in _observed(trace):
+    for node in observed(trace):
         name, value, fn = node["name"], node["value"], node["fn"]
         if not isinstance(value, Tensor):
             if hasattr(value, "__array__"):
@@ -135,59 +149,36 @@ def refuse_impossible_data(trace: Any) -> None:
                     f"    pyro.sample('{name}', ..., obs=torch.as_tensor(data, dtype=torch.get_default_dtype()))"
                 )
             continue
-        allowed, kind = _allowed(fn, value)
+        allowed = _allowed(fn, value)
         if node["mask"] is not None and isinstance(allowed, Tensor):
             masked = torch.as_tensor(node["mask"], device=value.device)
             allowed = allowed | ~masked.reshape(masked.shape + (1,) * fn.event_dim)
         if not allowed.all():
-            raise _impossible(name, kind, fn, value, allowed.broadcast_to(value.shape))
+            raise _impossible(name, fn, value, allowed.broadcast_to(value.shape))
 
 
-def outside_support(trace: Any) -> str:
-    """Say which observed value lies outside the support that its distribution has in a run; nothing if none does.
-
-    It is no more than a suspicion: a support may depend on a latent, whose value in this run is one of many.
-
-    :param trace: of the run.
-    """
-    for node in _observed(trace):
-        if node["mask"] is not None and node["mask"] is not True:
-            continue
-        try:
-            inside = node["fn"].support.check(node["value"])
-        except (AttributeError, NotImplementedError, RuntimeError, ValueError):  # it has no support to speak of
-            continue
-        outside = torch.nonzero(~torch.as_tensor(inside)).tolist()
-        if outside:
-            value, index = torch.as_tensor(node["value"]), outside[0]
-            value = value[tuple(index)] if len(index) == value.dim() else value  # not of vectors
-            return (
-                f"Site '{node['name']}' observes {value.tolist()} at {index} (counted from 0), which is outside the "
-                f"support of its {type(node['fn']).__name__}; {len(outside)} such in all"
-            )
-    return ""
-
-
-def _observed(trace: Any) -> list[Any]:
+def observed(trace: Any) -> list[Any]:
+    """Return the nodes of the observed sites of a trace."""
     nodes = [node for node in trace.nodes.values() if node["type"] == "sample" and node["is_observed"]]
     return [node for node in nodes if not site_is_subsample(node)]
 
 
-def _allowed(fn: Any, value: Tensor) -> tuple[Tensor, str]:
-    """Whether each element is possible, and what the distribution is called."""
-    finite = ~value.isnan() if value.is_floating_point() else torch.ones_like(value, dtype=torch.bool)
+def _allowed(fn: Any, value: Tensor) -> Tensor:
+    """Whether each element is possible."""
+    finite = ~value.isnan()
     *wrappers, fn = layers_of(fn)
     if any(isinstance(wrapper, MaskedDistribution) for wrapper in wrappers):
-        return torch.ones_like(finite), type(fn).__name__
+        return torch.ones_like(finite)
     validates = getattr(fn, "_validate_args", False)
     # Bounds of integers are data, of real numbers they may be latents.
     fixed = getattr(fn, "support", None) if validates and not fn.event_dim else None
     if fixed is not None and (fixed.is_discrete or is_fixed(fixed)):
-        return finite & fixed.check(value), type(fn).__name__
-    return finite, type(fn).__name__
+        return finite & fixed.check(value)
+    return finite
 
 
-def _impossible(name: str, kind: str, fn: Any, value: Tensor, allowed: Tensor) -> ModelError:
+def _impossible(name: str, fn: Any, value: Tensor, allowed: Tensor) -> ModelError:
+    kind = type(undressed(fn)).__name__
     index = (~allowed).nonzero()[0].tolist()
     first = value[tuple(index)]
     said = (
@@ -221,7 +212,7 @@ def of_density(error: Exception, trace: Any) -> ModelError | None:
     :param Exception error: of torch.
     :param trace: of the run.
     """
-    if not _DTYPES.search(str(error)):
+    if not (isinstance(error, RuntimeError) and _DTYPES.search(str(error))):
         return None
     for node in _samples(trace):
         floating = node["value"].to(torch.get_default_dtype())

@@ -2,67 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import torch
-from pyro.distributions.util import broadcast_shape
 from torch import Tensor
 
 from laplace_amort.errors import ModelError
 from laplace_amort.model.sites import LatentSite
 
-__all__ = ["Packing"]
+__all__ = ["check_names", "listed", "pack", "unpack"]
 
 
-class Packing:
-    """The order of latent sites in one packed vector, and the way there and back.
+def listed(sites: Mapping[str, LatentSite]) -> str:
+    """Return names and shapes of sites, in the order of the packed vector."""
+    return ", ".join(f"{name} {tuple(site.shape)}" for name, site in sites.items())
 
-    :param sites: by name, in the order of the model.
-    """
 
-    def __init__(self, sites: Mapping[str, LatentSite]) -> None:
-        self.sites = sites
-        self.size = sum(site.shape.numel() for site in sites.values())
-
-    def __str__(self) -> str:
-        return ", ".join(f"{site.name} {tuple(site.shape)}" for site in self.sites.values())
-
-    def pack(self, values: Mapping[str, Tensor]) -> Tensor:
-        """Concatenate unconstrained values of all sites into ``(D,)``."""
-        self.check_names(values)
-        for name, site in self.sites.items():
-            if values[name].shape != site.shape:
-                raise ModelError(
-                    f"site '{name}' has unconstrained shape {tuple(site.shape)}, got {tuple(values[name].shape)}"
-                )
-        return torch.cat([values[name].reshape(-1) for name in self.sites])
-
-    def unpack(self, packed: Tensor) -> dict[str, Tensor]:
-        """Split ``(*, D)`` into unconstrained values per site, with the leading dimensions of enclosing plates."""
-        if packed.shape[-1:] != (self.size,):
+def pack(sites: Mapping[str, LatentSite], values: Mapping[str, Tensor]) -> Tensor:
+    """Concatenate unconstrained values of all sites into ``(D,)``."""
+    check_names(sites, values)
+    for name, site in sites.items():
+        if values[name].shape != site.shape:
             raise ModelError(
-                f"expected {self.size} unconstrained elements in the order {self}; got shape {tuple(packed.shape)}"
+                f"site '{name}' has unconstrained shape {tuple(site.shape)}, got {tuple(values[name].shape)}"
             )
-        leading = packed.shape[:-1]
-        values = {}
-        for name, site in self.sites.items():
-            _refuse_overlap(site, leading)
-            shape = broadcast_shape(site.shape, leading + (1,) * site.event_dim)
-            values[name] = packed[..., site.slice].reshape(shape)
-        return values
+    return torch.cat([values[name].reshape(-1) for name in sites])
 
-    def check_names(self, values: Mapping[str, Tensor]) -> None:
-        """Refuse values of other sites, or of some only."""
-        missing = [name for name in self.sites if name not in values]
-        unknown = [name for name in values if name not in self.sites]
-        if missing or unknown:
-            raise ModelError(f"expected a value for each of {list(self.sites)}; missing {missing}, unknown {unknown}")
 
-    def refuse_change(self, found: Iterable[str]) -> None:
-        """Refuse a run of the model that had other latent sites than those found at set-up."""
-        changed = sorted(set(found) ^ set(self.sites))
-        if changed:
-            raise ModelError(f"the latent sites of the model changed between runs: {changed}; they must be fixed")
+def unpack(sites: Mapping[str, LatentSite], packed: Tensor) -> dict[str, Tensor]:
+    """Split ``(*, D)`` into unconstrained values per site, with the leading dimensions of enclosing plates."""
+    size, leading = sum(site.shape.numel() for site in sites.values()), packed.shape[:-1]
+    if packed.shape[-1:] != (size,):
+        raise ModelError(
+            f"expected {size} unconstrained elements in the order {listed(sites)}; got shape {tuple(packed.shape)}"
+        )
+    for site in sites.values():
+        _refuse_overlap(site, leading)
+    return {name: packed[..., site.slice].reshape(site.shape_under(leading)) for name, site in sites.items()}
+
+
+def check_names(sites: Mapping[str, LatentSite], values: Mapping[str, Tensor]) -> None:
+    """Refuse values of other sites, or of some only."""
+    missing = [name for name in sites if name not in values]
+    unknown = [name for name in values if name not in sites]
+    if missing or unknown:
+        raise ModelError(f"expected a value for each of {list(sites)}; missing {missing}, unknown {unknown}")
 
 
 def _refuse_overlap(site: LatentSite, leading: torch.Size) -> None:

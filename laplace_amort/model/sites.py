@@ -1,10 +1,11 @@
 """The latent sites of a Pyro model: where each lies in the packed vector, and how it is unconstrained.
 
-Reads the nodes of traces that :mod:`laplace_amort.model.log_joint` makes; traces nothing itself.
+Reads the nodes of traces that :mod:`laplace_amort.model.runs` makes; traces nothing itself.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pyro.distributions
 import torch
 from pyro.distributions.torch_distribution import MaskedDistribution
+from pyro.distributions.util import broadcast_shape
 from pyro.infer.autoguide.initialization import init_to_median
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -32,7 +34,6 @@ __all__ = [
     "log_abs_det",
     "plates_of",
     "refuse_boundary",
-    "refuse_subsampled",
     "subsample_scale_of",
     "transform_of",
     "undressed",
@@ -71,6 +72,11 @@ class LatentSite:
     def slice(self) -> slice:
         """Where the site lies in the packed vector."""
         return slice(self.start, self.start + self.shape.numel())
+
+    def shape_under(self, leading: torch.Size) -> tuple[int, ...]:
+        """Return the shape of an unconstrained value that has leading dimensions of enclosing plates."""
+        # Pyro's function: that of torch loads its compiler the first time.
+        return tuple(broadcast_shape(self.shape, leading + (1,) * self.event_dim))
 
     @property
     def subsample_scale(self) -> float:
@@ -226,10 +232,7 @@ def plates_of(node: Any) -> tuple[Any, ...]:
 
 def subsample_scale_of(plates: Iterable[Any]) -> float:
     """Product of ``N / B`` over these plates."""
-    scale = 1.0
-    for frame in plates:
-        scale *= frame.full_size / frame.size
-    return scale
+    return math.prod((frame.full_size / frame.size for frame in plates), start=1.0)
 
 
 def check_plate_sizes(site: LatentSite, plates: Iterable[Any]) -> None:
@@ -243,17 +246,4 @@ def check_plate_sizes(site: LatentSite, plates: Iterable[Any]) -> None:
                 "change size? Make a new LogJoint for them. An automatic guide does that when it sees another shape; "
                 "so if the size follows from values, pass it as an argument too:\n"
                 f"    def model(..., num_{frame.name}): ..."
-            )
-
-
-def refuse_subsampled(site: LatentSite) -> None:
-    """Refuse a site in a subsampled plate, whose density is that of a joint draw."""
-    for frame in site.plates:
-        if frame.size != frame.full_size:
-            raise ModelError(
-                f"site '{site.name}' lies in plate '{frame.name}', which subsamples {frame.size} of "
-                f"{frame.full_size}; the density of a joint draw cannot be scaled by unit. Sample the globals "
-                f"first, then the units inside the plate:\n"
-                f"    with pyro.plate('{frame.name}', {frame.full_size}, subsample_size={frame.size}):\n"
-                f"        pyro.sample('{site.name}', dist.Normal(loc_given_globals, scale))"
             )

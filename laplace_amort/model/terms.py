@@ -33,7 +33,6 @@ from torch import Tensor
 from laplace_amort.autodiff import SeparableDensity, nearby, record
 from laplace_amort.errors import RecordingError, StructureError
 from laplace_amort.model.unit_model import Terms, UnitModel
-from laplace_amort.types import Density
 
 __all__ = ["separated", "unit_owners", "unit_terms"]
 
@@ -65,12 +64,11 @@ def unit_terms(model: UnitModel, global_: Tensor, local: Tensor) -> SeparableDen
     """
     global_, local = global_.detach(), local.detach()
     density = separated(model, unit_owners(model, global_, local))
-    functions: list[Density] = [density.shared, density.units]
     if model.recording is not None:
         # Where the whole can be recorded, its parts should be.
         with contextlib.suppress(RecordingError):
-            functions = [record(function, global_, local) for function in functions]
-    return SeparableDensity(*functions)
+            return SeparableDensity(*(record(part, global_, local) for part in (density.shared, density.units)))
+    return density
 
 
 def separated(model: UnitModel, owners: list[Tensor]) -> SeparableDensity:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -32,17 +33,6 @@ class Terms(NamedTuple):
     values: Tensor
 
 
-class _RecordedTerms(NamedTuple):
-    """Terms of which sites there are, and the recording of their values; a class, so that it can be pickled."""
-
-    kinds: list[tuple[str, bool]]
-    parts: Callable[[Tensor, Tensor], tuple[Tensor, ...]]
-
-    def __call__(self, global_: Tensor, local: Tensor) -> list[Terms]:
-        values = self.parts(global_, local)
-        return [Terms(*kind, part) for kind, part in zip(self.kinds, values, strict=True)]
-
-
 class UnitModel:
     r"""The log joint :math:`f(\theta, y)` of a Pyro model for given data, globals ``(d,)`` and units ``(N, k)`` apart.
 
@@ -58,7 +48,7 @@ class UnitModel:
         self.layout = layout
         self.units = units
         self.recording: Recording | None = None
-        self._recorded_terms: _RecordedTerms | None = None
+        self._recorded_terms: Callable[[Tensor, Tensor], list[Terms]] | None = None
 
     def recorded(self, global_: Tensor, local: Tensor) -> UnitModel:
         """Return the same model as a recording of its tensor operations, for many evaluations with the same data.
@@ -74,7 +64,7 @@ class UnitModel:
         other.recording = record(other._sum_of_terms, global_, local)
         return other
 
-    def _record_terms(self, global_: Tensor, local: Tensor) -> _RecordedTerms:
+    def _record_terms(self, global_: Tensor, local: Tensor) -> Callable[[Tensor, Tensor], list[Terms]]:
         found: list[Terms] = []
 
         def joined(global_: Tensor, local: Tensor) -> Tensor:
@@ -82,14 +72,11 @@ class UnitModel:
             return torch.cat([terms.values for terms in found])
 
         parts = record(joined, global_, local).parts()
-        kinds = [(terms.name, terms.inside) for terms in found]
-        return _RecordedTerms(kinds, parts)
+        return functools.partial(_named, [(terms.name, terms.inside) for terms in found], parts)
 
     def _sum_of_terms(self, global_: Tensor, local: Tensor) -> Tensor:
         total, *others = (terms.values.sum() for terms in self.flat_terms(global_, local))
-        for other in others:
-            total = total + other
-        return total
+        return sum(others, total)
 
     @property
     def subsamples(self) -> list[SubsampledPlate]:
@@ -198,7 +185,7 @@ class UnitModel:
 
     def start_in(self, trace: Any) -> tuple[Tensor, Tensor]:
         """Return globals and units at which a trace of the model was made."""
-        return self.layout.from_sites(self.density.unpack(self.density.packed_in(trace)))
+        return self.layout.from_sites(self.density.unconstrained_in(trace))
 
     def check_deterministic(self, global_: Tensor, local: Tensor) -> None:
         """Evaluate twice at one point.
@@ -217,6 +204,16 @@ class UnitModel:
                 "Does poutine.block hide a latent from this guide, as in an AutoGuideList? Give the hidden site a "
                 "value:\n    AutoLaplaceFamily(poutine.condition(model, data={'site': value}))"
             )
+
+
+def _named(
+    kinds: list[tuple[str, bool]],
+    parts: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
+    global_: Tensor,
+    local: Tensor,
+) -> list[Terms]:
+    """Recorded values as terms of their sites; not a function in a function, so that it can be pickled."""
+    return [Terms(*kind, values) for kind, values in zip(kinds, parts(global_, local), strict=True)]
 
 
 class UnitModels:

@@ -81,7 +81,7 @@ def test_a_wrong_axis_is_found(monkeypatch):
     layout = find_layout(log_joint.sites, "units")
     right = layout.to_sites(global_, local)["item"]
     axes = {"level": 0, "item": 1}
-    monkeypatch.setattr(UnitLayout, "_axis", lambda self, site: axes[site.name])
+    monkeypatch.setattr(UnitLayout, "unit_axis", lambda self, name: axes[name])
     assert torch.equal(layout.to_sites(global_, local)["item"], right.mT)
 
 

@@ -136,7 +136,7 @@ PLANTED = {
         "eight_schools",
     ),
     "Jacobian without the scale of the plate": ("log_joint.subsample_scale_of", lambda plates: 1.0, "subsample_size"),
-    "model run without its indices": ("log_joint.Indices", UnfedIndices, "subsampled_twice"),
+    "model run without its indices": ("runs.Indices", UnfedIndices, "subsampled_twice"),
 }
 
 

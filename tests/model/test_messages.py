@@ -241,35 +241,3 @@ def test_errors_of_a_density_itself_pass():
     with pytest.raises(RuntimeError, match="of the user") as caught:
         LogJoint(model)(torch.zeros(1))
     assert not isinstance(caught.value, ModelError)
-
-
-# ------------------------------------------------------------------------------------------------------ suspicious data
-
-
-def within(upper, z=Z, mask=True):
-    with pyro.plate("answers", 12), pyro.poutine.mask(mask=mask):
-        mu = pyro.sample("mu", dist.HalfNormal(1.0).mask(True))
-        pyro.sample("z", dist.Uniform(-1.0, upper * mu, validate_args=False), obs=z)
-
-
-def test_a_value_outside_of_a_support_that_depends_on_a_latent_is_suspicious_and_not_refused():
-    data = torch.zeros(12).index_fill(0, torch.tensor([3, 7]), 5.0)
-    log_joint = LogJoint(within, 2.0, data)
-    log_joint.check_data()
-    assert log_joint.suspicious_data() == (
-        "Site 'z' observes 5.0 at [3] (counted from 0), which is outside the support of its Uniform; 2 such in all"
-    )
-
-
-def test_what_is_inside_or_masked_is_not_suspicious():
-    data = torch.zeros(12).index_fill(0, torch.tensor([3]), 5.0)
-    assert LogJoint(within, 6.0, data).suspicious_data() == ""
-    assert LogJoint(within, 2.0, data, mask=data < 5).suspicious_data() == ""
-
-
-def test_a_vector_outside_of_its_support_is_shown_whole():
-    def model():
-        mu = pyro.sample("mu", dist.Normal(torch.zeros(3), 1.0).to_event(1))
-        pyro.sample("z", dist.Dirichlet(mu.exp(), validate_args=False), obs=torch.tensor([0.5, 0.5, 0.5]))
-
-    assert "observes [0.5, 0.5, 0.5] at []" in LogJoint(model).suspicious_data()

@@ -12,7 +12,7 @@ from pyro.distributions import constraints
 from pyro.infer import SVI, Predictive, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoMultivariateNormal
 
-import laplace_amort.model.handlers
+import laplace_amort.model.guide_sites
 from laplace_amort import LogJoint, ModelError, observed_information
 
 ELBOS = [Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO]
@@ -92,7 +92,7 @@ def test_a_thousand_particles(elbo, vectorize):
 def naive_sample_sites(log_joint, packed):
     """Split the draw without a thought for leading dimensions."""
     for name, site in log_joint.sites.items():
-        with laplace_amort.model.handlers.SitePlates(site, {}):
+        with laplace_amort.model.guide_sites.site_plates(site, {}):
             pyro.sample(name, dist.Delta(packed[..., site.slice].reshape(packed.shape[:-1] + site.shape)))
 
 
