@@ -16,7 +16,15 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from laplace_amort.errors import ModelError
-from laplace_amort.model.sites import IDENTITY, LatentSite, check_plate_sizes, log_abs_det, plates_of, transform_of
+from laplace_amort.model.sites import (
+    IDENTITY,
+    LatentSite,
+    check_bounds,
+    check_plate_sizes,
+    log_abs_det,
+    plates_of,
+    transform_of,
+)
 
 __all__ = [
     "Feed",
@@ -82,6 +90,7 @@ class Feed(Messenger):
         if name not in self.unconstrained:
             raise ModelError(f"the model sampled site '{name}', which it had not at set-up; its sites must be fixed")
         check_plate_sizes(self.sites[name], plates_of(msg))
+        check_bounds(self.sites[name], msg["fn"].support)
         transform, value = transform_of(msg), self.unconstrained[name]
         constrained = transform(value)
         if constrained.shape[constrained.dim() - len(msg["fn"].shape()) :] != msg["fn"].shape():

@@ -84,10 +84,11 @@ class ModelRuns:
     def _run_at_zero(self, indices: Indices) -> Any:
         """Trace the model at a point that is always feasible; a draw from a vague prior might overflow the likelihood.
 
-        What is drawn on the way must not change the draws of a guide that makes its LogJoint in every call.
+        What is drawn on the way must not change the draws of a guide that makes its LogJoint in every call. The latents
+        have a graph, by which it is seen what depends on them.
         """
-        with torch.random.fork_rng(devices=[]):
-            return self._run(InitMessenger(init_to_zero), indices)
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            return self._run(InitMessenger(lambda site: init_to_zero(site).detach().requires_grad_()), indices)
 
     def _run(self, handler: Messenger, indices: Indices | None = None) -> Any:
         """Trace one run of the model under ``handler``, hidden from every handler outside."""

@@ -6,7 +6,7 @@ Reads the nodes of traces that :mod:`laplace_amort.model.runs` makes; traces not
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,8 @@ from laplace_amort.errors import ModelError
 __all__ = [
     "IDENTITY",
     "LatentSite",
+    "bounds_of",
+    "check_bounds",
     "check_plate_sizes",
     "feasible",
     "find_sites",
@@ -40,6 +42,7 @@ __all__ = [
 ]
 
 IDENTITY = biject_to(constraints.real)
+_OF_TORCH_OR_PYRO = torch.distributions.constraints.__name__, pyro.distributions.constraints.__name__
 _WRAPPERS = torch.distributions.Independent, MaskedDistribution, pyro.distributions.ExpandedDistribution
 
 
@@ -56,6 +59,7 @@ class LatentSite:
     :param int constrained_event_dim: rightmost dimensions of the constrained value that belong to one draw.
     :param bool weighted: whether the model has a ``poutine.scale`` or ``poutine.mask`` around the site.
     :param tuple sequential_plates: names of the plates around the site that are loops in Python.
+    :param tuple bounds: of the support, as tensors, where they are the same in every run.
     """
 
     name: str
@@ -67,6 +71,7 @@ class LatentSite:
     constrained_event_dim: int
     weighted: bool
     sequential_plates: tuple[str, ...] = ()
+    bounds: tuple[Tensor, ...] = ()
 
     @property
     def slice(self) -> slice:
@@ -132,7 +137,7 @@ def find_sites(trace: Any) -> dict[str, LatentSite]:
     for name, node in trace.nodes.items():
         if node["type"] != "sample" or node["is_observed"] or site_is_subsample(node):
             continue
-        transform = transform_of(node)
+        transform, constant = transform_of(node), _is_constant(node)
         constrained = node["fn"].shape()
         shape = torch.Size(transform.inverse_shape(constrained))
         sites[name] = LatentSite(
@@ -141,12 +146,13 @@ def find_sites(trace: Any) -> dict[str, LatentSite]:
             event_dim=node["fn"].event_dim + len(shape) - len(constrained),
             start=start,
             plates=plates_of(node),
-            transform=transform if is_fixed(node["fn"].support) else None,
+            transform=transform if constant else None,
             constrained_event_dim=node["fn"].event_dim,
             weighted=isinstance(node["scale"], Tensor)
             or node["scale"] != subsample_scale_of(plates_of(node))
             or node["mask"] is not None,
             sequential_plates=tuple(frame.name for frame in node["cond_indep_stack"] if not frame.vectorized),
+            bounds=tuple(bound.clone() for bound in bounds_of(node["fn"].support)) if constant else (),
         )
         start += shape.numel()
     if not sites:
@@ -194,13 +200,30 @@ def transform_of(node: Any) -> Transform:
         ) from error
 
 
+def _is_constant(node: Any) -> bool:
+    """Whether the support of a site is the same in every run. Bounds in a minibatch may be others in the next."""
+    support = node["fn"].support
+    subsampled = any(frame.size != frame.full_size for frame in plates_of(node))
+    return is_fixed(support) and not (subsampled and any(bound.dim() for bound in bounds_of(support)))
+
+
 def is_fixed(support: Any) -> bool:
-    """Whether a support is the same in every run: a constant of torch or Pyro, or made of such."""
-    if hasattr(support, "base_constraint"):  # independent, or that of a mixture
-        return is_fixed(support.base_constraint)
-    if isinstance(support, constraints.cat | constraints.stack):
-        return all(is_fixed(part) for part in support.cseq)
-    return any(support is constant for constant in vars(pyro.distributions.constraints).values())
+    """Whether a support is the same in every run: in a run whose latents have a graph, its bounds have none.
+
+    Of one that is not of torch or Pyro nothing is known.
+    """
+    return type(support).__module__ in _OF_TORCH_OR_PYRO and not any(b.requires_grad for b in bounds_of(support))
+
+
+def bounds_of(part: Any) -> Iterator[Tensor]:
+    """Yield the tensors that a support is made of; a constant of torch or Pyro has none."""
+    if isinstance(part, Tensor):
+        yield part
+    elif isinstance(part, list | tuple):
+        for one in part:
+            yield from bounds_of(one)
+    elif isinstance(part, constraints.Constraint):
+        yield from bounds_of(list(vars(part).values()))
 
 
 def log_abs_det(transform: Transform, value: Tensor, constrained: Tensor, event_dim: int) -> Tensor:
@@ -233,6 +256,17 @@ def plates_of(node: Any) -> tuple[Any, ...]:
 def subsample_scale_of(plates: Iterable[Any]) -> float:
     """Product of ``N / B`` over these plates."""
     return math.prod((frame.full_size / frame.size for frame in plates), start=1.0)
+
+
+def check_bounds(site: LatentSite, support: Any) -> None:
+    """Refuse a support with other bounds than at set-up, such as those of a latent that was detached."""
+    for before, now in zip(site.bounds, bounds_of(support), strict=True) if site.bounds else ():
+        if before.shape == now.shape and not torch.equal(before, now):
+            raise ModelError(
+                f"the support of site '{site.name}' has bounds {now.flatten().tolist()[:4]} in this run of the model, "
+                f"{before.flatten().tolist()[:4]} in another, and no graph says why. Do they depend on a latent that "
+                f"was detached? Leave it attached:\n    pyro.sample('{site.name}', dist.Uniform(0., latent))"
+            )
 
 
 def check_plate_sizes(site: LatentSite, plates: Iterable[Any]) -> None:

@@ -10,7 +10,7 @@ from helpers.models import normals
 from helpers.recordings import ELSEWHERE, POINT, derivatives
 
 from laplace_amort import AutoLaplaceFamily
-from laplace_amort.autodiff import recording, simplify
+from laplace_amort.autodiff import recorder, simplify
 from laplace_amort.autodiff.recording import record
 from laplace_amort.errors import RecordingError
 
@@ -196,8 +196,8 @@ BUGS = {
     "log of an exponential is the exponential": (simplify, "_exponent", lambda value: value),
     "sines are nothing": (simplify, "_SAME", simplify._SAME | {aten.sin.default}),
     "not expanded again": (simplify._Simplifier, "_expanded", lambda self, node: self.values[node].node),
-    "more than equal operations are merged": (recording, "_merge_equal", merge_by_name),
-    "a gradient is lost": (recording, "_INSTEAD", {aten.sin.default: lambda x: x.detach().sin()}),
+    "more than equal operations are merged": (recorder, "_merge_equal", merge_by_name),
+    "a gradient is lost": (recorder, "_INSTEAD", {aten.sin.default: lambda x: x.detach().sin()}),
 }
 
 

@@ -36,7 +36,7 @@ from pyro.infer.mcmc.util import initialize_model
 from torch.distributions import biject_to
 
 import laplace_amort.model.handlers
-from laplace_amort import LogJoint
+from laplace_amort import LogJoint, ModelError
 
 figures = Figures()
 
@@ -354,3 +354,57 @@ def test_print_shows_the_order():
 def test_copies_and_pickles(duplicate):
     _, log_joint, packed = make("eight_schools")
     assert torch.equal(duplicate(log_joint)(packed), log_joint(packed))
+
+
+# ---------------------------------------------------------------------------------------------------- supports by value
+
+
+def bounded(z):
+    """Bounds that are numbers, tensors, and those of a latent."""
+    pyro.sample("scale", dist.Uniform(0.0, 10.0))
+    pyro.sample("shares", dist.Uniform(torch.tensor([0.0, 1.0]), torch.tensor([2.0, 4.0])).to_event(1))
+    top = pyro.sample("top", dist.Pareto(1.5, 3.0))
+    pyro.sample("below", dist.Uniform(0.0, top))
+    with pyro.plate("units", len(z)):
+        y = pyro.sample("y", dist.Uniform(z - 1, z + 1))
+        pyro.sample("z", dist.Normal(y, 1.0), obs=z)
+
+
+def test_bounds_that_depend_on_no_latent_are_those_of_every_run():
+    log_joint = LogJoint(bounded, torch.tensor([0.5, -1.0, 2.0]))
+    fixed = {name for name, site in log_joint.sites.items() if site.transform is not None}
+    assert fixed == {"scale", "shares", "top", "y"}
+    packed = 0.3 * torch.arange(log_joint.size, dtype=torch.float64)
+    values = log_joint.constrain(packed)
+    trace = poutine.trace(poutine.condition(bounded, data=values)).get_trace(torch.tensor([0.5, -1.0, 2.0]))
+    for name, site in log_joint.sites.items():
+        transform = torch.distributions.biject_to(trace.nodes[name]["fn"].support)
+        torch.testing.assert_close(values[name], transform(packed[site.slice].reshape(site.shape)), rtol=1e-14, atol=0)
+    torch.testing.assert_close(log_joint.unconstrain(values), packed, rtol=1e-9, atol=1e-9)
+
+
+def test_parameters_as_bounds_move():
+    def model():
+        pyro.sample("x", dist.Uniform(0.0, pyro.param("top", torch.tensor(2.0), constraint=constraints.positive)))
+
+    assert LogJoint(model).sites["x"].transform is None
+
+
+def test_bounds_of_a_minibatch_are_those_of_its_run():
+    tops = torch.tensor([1.0, 2.0, 3.0, 4.0])
+
+    def model():
+        with pyro.plate("units", 4, subsample_size=2) as index:
+            pyro.sample("y", dist.Uniform(0.0, tops[index]))
+
+    assert LogJoint.at_indices({"units": torch.tensor([0, 1])}, model).sites["y"].transform is None
+
+
+def test_bounds_of_a_latent_that_was_detached_are_refused():
+    def model():
+        top = pyro.sample("top", dist.LogNormal(0.0, 1.0))
+        pyro.sample("x", dist.Uniform(0.0, top.detach()))
+
+    log_joint = LogJoint(model)
+    with pytest.raises(ModelError, match=r"the support of site 'x' has bounds .* a latent that was detached"):
+        log_joint(torch.tensor([0.7, 0.1]))
