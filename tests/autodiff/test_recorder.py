@@ -181,6 +181,22 @@ def test_distribution_is_recorded(name):
             assert len(record(log_joint, *arguments)) > 0
 
 
+def selected(t, y):
+    return y[y > 0].sum()
+
+
+def written_slice_of_a_copy(t, y):
+    out = X[0].clone()
+    out[2:] = t[:2]
+    return (out**2).sum()
+
+
+@pytest.mark.parametrize("function", [selected, written_slice_of_a_copy])
+def test_what_the_page_of_limits_says_is_refused(function):
+    with pytest.raises(RecordingError, match="fails near the point where it is recorded"):
+        record(lambda t, y: function(t, y) + t.sum() + y.sum(), T, Y)
+
+
 def test_a_branch_on_a_latent_is_refused():
     def log_joint(t, y):
         return (t.sum() if t[0] > 0 else (t**2).sum()) + y.sum()
