@@ -115,7 +115,7 @@ if TYPE_CHECKING:  # a named tuple with a type variable is Python's from 3.11 on
     Value = TypeVar("Value", default=Any)
 
     class DualPath(NamedTuple, Generic[Value]):
-        """As below; both copies have the type of what was split."""
+        """Split one value or many; both copies have the type of what was split."""
 
         mean: Value
         curvature: Value

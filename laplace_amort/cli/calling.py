@@ -81,7 +81,7 @@ class _Lookups(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _integers(self, index: Any) -> Any:
-        """The same index, with integers for every column in it."""
+        """Return the index, with integers for every column in it."""
         if type(index) in (tuple, list):
             return type(index)(self._integers(part) for part in index)
         if not (isinstance(index, Tensor) and id(index) in self.whole):
@@ -93,7 +93,7 @@ class _Lookups(TorchFunctionMode):
 
 @contextmanager
 def _own_state() -> Iterator[None]:
-    """As a guide sees the model first: every latent at the image of zero, for some cannot be drawn."""
+    """Run the model as a guide does first: every latent at the image of zero, for some cannot be drawn."""
     store, generator = pyro.get_param_store().scope(), torch.random.fork_rng(devices=[])
     with store, generator, torch.no_grad(), InitMessenger(_image_of_zero):
         yield

@@ -264,7 +264,7 @@ class Arrowhead:
         return other
 
     def _flat(self, border: Tensor) -> Tensor:
-        """As one matrix, ``(*, N k, d)``."""
+        """Return the border as one matrix, ``(*, N k, d)``."""
         return border.reshape(*border.shape[:-3], self.num_units * self.local_dim, self.global_dim)
 
     def _per_unit(self, values: Tensor) -> Tensor:

@@ -198,7 +198,7 @@ class _Elimination(NamedTuple):
 
 
 def _eliminate(matrix: _Elements) -> _Elimination:
-    """Of a symmetric block, from its lower triangle."""
+    """Take the elements of a symmetric block from its lower triangle."""
     below: _Elements = []
     pivots: list[Tensor] = []
     inverse_diagonal: list[Tensor] = []

@@ -58,8 +58,8 @@ class Whitening:
         """Return the gradient in standard deviations ``(P,)`` for one in parameters, ``(P,)``: the transposed map."""
         u = self._tensor(numpy.zeros(self.size)).requires_grad_()
         with torch.enable_grad():
-            (pulled,) = torch.autograd.grad(self._step(u), u, self._tensor(gradient))
-        return pulled.double().cpu().numpy()
+            (found,) = torch.autograd.grad(self._step(u), u, self._tensor(gradient))
+        return found.double().cpu().numpy()
 
     def norm(self, gradient: Vector) -> float:
         """Return the length of a gradient in parameters, in standard deviations."""

@@ -115,7 +115,7 @@ class _Mixture:
         return self.sample()
 
     def log_density(self, draws: Vector) -> Vector:
-        """Of the mixture, each proposal with the weight of its draws."""
+        """Return the log density of the mixture, each proposal with the weight of its draws."""
         pairs = zip(self.proposals, self.draws, strict=True)
         parts = [proposal.log_density(draws) + math.log(len(own)) for proposal, own in pairs]
         total: Vector = scipy.special.logsumexp(parts, axis=0) - math.log(sum(len(own) for own in self.draws))

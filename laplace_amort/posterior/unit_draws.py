@@ -113,7 +113,7 @@ class NestedUnits:
 
 @dataclass(frozen=True)
 class WeightedUnits(NestedUnits):
-    """As the model has it: points around the mode with the weights that the density gives them.
+    """The density that the model has: points around the mode with the weights that the density gives them.
 
     A draw is one of some candidates, chosen by their weights.
 

@@ -114,7 +114,7 @@ class UnitIntegrals:
         return _conditionals(len(globals_), mode, scale, (result.status == ModeStatus.CONVERGED) & ~failed)
 
     def _constants(self, globals_: Tensor, start: Tensor) -> Conditionals:
-        """The same without a graph; globals leave the search as soon as all of their units are found."""
+        """Find the conditionals without a graph; globals leave the search as soon as all of their units are found."""
         steps = min(_ROUND, self.mode.max_steps)
         there, left = self._round(steps, globals_, start)
         num_steps = steps

@@ -67,14 +67,14 @@ class LogDetAlongMode:
             here = first_derivatives(log_joint, global_, local)
             tail = local_curvature(here.in_local, here.local)
         covariance = arrowhead.conditional_covariance()
-        pull = weight / 2 * covariance  # of the log-determinants on the elements of the tails
+        in_tail = weight / 2 * covariance  # the gradient of the log-determinants in the elements of the tails
         tail_here = tail if torch.is_grad_enabled() else tail_there
-        (slope,) = reverse_passes([tail_here], [pull.unsqueeze(0)], [here.local])
+        (slope,) = reverse_passes([tail_here], [in_tail.unsqueeze(0)], [here.local])
         adjoint = blocks.matvec(covariance, slope.squeeze(0))
         with torch.enable_grad():
             # The inverse changes along the mode: d(U^-1) = -U^-1 dU U^-1. More than the first order is not needed.
-            change = blocks.multiply(blocks.multiply(pull, tail_there - tail), covariance)
-            outputs, seeds = [tail_there, there.in_local], [pull - change, adjoint]
+            change = blocks.multiply(blocks.multiply(in_tail, tail_there - tail), covariance)
+            outputs, seeds = [tail_there, there.in_local], [in_tail - change, adjoint]
             self._first = reverse_passes(outputs, [seed.unsqueeze(0) for seed in seeds], [there.global_, there.local])
         self._there = there
 
