@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from dataclasses import replace
+from typing import Any, Self
 
 import pyro
 import pyro.distributions as dist
@@ -98,6 +99,20 @@ class LogJoint(ModelRuns):
         self.subsampled_plates = subsampled_plates(trace, handler.given)
         frames = [frame for node in trace.nodes.values() for frame in node.get("cond_indep_stack", ())]
         self.max_plate_nesting = max((-frame.dim for frame in frames if frame.dim is not None), default=0)
+
+    def given(self, *args: Any, **kwargs: Any) -> Self:
+        """Return the same for other arguments of the same sizes, without looking for its sites again."""
+        other = super().given(*args, **kwargs)
+        # Bounds of supports may come with the arguments: they are looked at in each run.
+        changing = {name: replace(site, transform=None, bounds=()) for name, site in self.sites.items() if site.bounds}
+        other.sites = {**self.sites, **changing}
+        return other
+
+    def with_supports(self) -> Self:
+        """Return the same with the supports as they are at these arguments, by a run that is made once."""
+        other = copy.copy(self)
+        other.sites = find_sites(self._first())
+        return other
 
     def __repr__(self) -> str:
         return f"LogJoint of {self.size} unconstrained elements: {listed(self.sites)}"

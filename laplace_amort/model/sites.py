@@ -42,6 +42,7 @@ __all__ = [
 ]
 
 IDENTITY = biject_to(constraints.real)
+_CONSTANTS = tuple(vars(pyro.distributions.constraints).values())
 _OF_TORCH_OR_PYRO = torch.distributions.constraints.__name__, pyro.distributions.constraints.__name__
 _WRAPPERS = torch.distributions.Independent, MaskedDistribution, pyro.distributions.ExpandedDistribution
 
@@ -216,13 +217,15 @@ def is_fixed(support: Any) -> bool:
 
 
 def bounds_of(part: Any) -> Iterator[Tensor]:
-    """Yield the tensors that a support is made of; a constant of torch or Pyro has none."""
+    """Yield the numbers that a support is made of, as tensors; a constant of torch or Pyro has none."""
     if isinstance(part, Tensor):
         yield part
+    elif isinstance(part, float | int) and not isinstance(part, bool):
+        yield torch.tensor(part)
     elif isinstance(part, list | tuple):
         for one in part:
             yield from bounds_of(one)
-    elif isinstance(part, constraints.Constraint):
+    elif isinstance(part, constraints.Constraint) and not any(part is constant for constant in _CONSTANTS):
         yield from bounds_of(list(vars(part).values()))
 
 

@@ -230,6 +230,7 @@ class UnitModels:
         self.model = model
         self.unit_plate = unit_plate
         self._density: LogJoint | None = None
+        self._has_bounds = False
         self._signature: Any = None
 
     def __call__(
@@ -253,8 +254,10 @@ class UnitModels:
         if self._density is None or self._density.subsampled_plates or signature != self._signature:
             density = LogJoint.at_indices(indices, self.model, *args, **kwargs)
             self._density, self._signature = density.given(), signature
+            self._has_bounds = any(site.bounds for site in density.sites.values())
             return density
-        return self._density.given(*args, **kwargs)
+        density = self._density.given(*args, **kwargs)
+        return density.with_supports() if self._has_bounds else density
 
 
 def _all_plates(density: LogJoint, chosen: Mapping[str, Any]) -> dict[str, Any]:

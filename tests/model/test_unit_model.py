@@ -249,3 +249,18 @@ def test_a_recorded_model_can_be_stored(duplicate):
     torch.testing.assert_close(
         sum(terms.values.sum() for terms in other.flat_terms(*point)), unit_model.log_joint(*point)
     )
+
+
+def test_constant_bounds_are_constants_in_every_call():
+    """Numbers that come with the data, and numbers of the model: what a guide is asked for again has its own."""
+
+    def model(bound):
+        pyro.sample("scale", dist.Uniform(0.0, 10.0))
+        with pyro.plate("units", 2):
+            pyro.sample("y", dist.Uniform(0.0, bound))
+
+    models = UnitModels(model, None)
+    for bound in (torch.tensor(1.0), torch.tensor(3.0)):
+        sites = models((bound,), {}, {})[0].density.sites
+        assert sites["scale"].transform(torch.zeros(())).item() == 5.0
+        assert torch.equal(sites["y"].transform(torch.zeros(2)), (bound / 2).expand(2))
