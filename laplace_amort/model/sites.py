@@ -216,17 +216,16 @@ def is_fixed(support: Any) -> bool:
     return type(support).__module__ in _OF_TORCH_OR_PYRO and not any(b.requires_grad for b in bounds_of(support))
 
 
-def bounds_of(part: Any) -> Iterator[Tensor]:
-    """Yield the numbers that a support is made of, as tensors; a constant of torch or Pyro has none."""
-    if isinstance(part, Tensor):
-        yield part
-    elif isinstance(part, float | int) and not isinstance(part, bool):
-        yield torch.tensor(part)
-    elif isinstance(part, list | tuple):
-        for one in part:
-            yield from bounds_of(one)
-    elif isinstance(part, constraints.Constraint) and not any(part is constant for constant in _CONSTANTS):
-        yield from bounds_of(list(vars(part).values()))
+def bounds_of(support: Any) -> Iterator[Tensor]:
+    """Yield the bounds that a support is made of, as tensors; a constant of torch or Pyro has none."""
+    if any(support is constant for constant in _CONSTANTS):
+        return
+    for name, value in vars(support).items():
+        if name.endswith("bound"):
+            yield torch.as_tensor(value)
+        for part in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(part, constraints.Constraint):  # independent, mixed, joined or stacked
+                yield from bounds_of(part)
 
 
 def log_abs_det(transform: Transform, value: Tensor, constrained: Tensor, event_dim: int) -> Tensor:
