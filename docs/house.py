@@ -17,8 +17,8 @@ from typing import NamedTuple
 DOCS = Path(__file__).parent
 PACKAGE = DOCS.parent / "laplace_amort"
 PUBLIC = PACKAGE.name  # the package's own __init__, which hands names on: the front door
-GROUND = ["errors", "types"]  # all stand on it, so that arrows to it say nothing
-_GROUND = " and ".join(GROUND)
+GROUND = ["errors", "types", "statuses", "doors"]  # all stand on it, so that arrows to it say nothing
+_GROUND = ", ".join(GROUND)
 
 # From the roof down: what a floor is called, its color, and its rooms in an order in which arrows point down.
 FLOORS = [

@@ -1,47 +1,22 @@
-"""What every room speaks of: vectors of optimizers, densities, statuses that are sentences, and numbers in words."""
+"""What every room speaks of: vectors of optimizers, densities, and numbers in words."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from enum import IntEnum
 
 import numpy
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-__all__ = ["Density", "Status", "Vector", "default_dtype", "element_name", "element_names", "in_sd", "to_numpy"]
+__all__ = ["Density", "Vector", "default_dtype", "element_name", "element_names", "in_sd", "to_numpy"]
 
 # What optimizers move: parameters in one row, in double precision.
 Vector = NDArray[numpy.float64]
 # A log density: of globals ``(d,)`` and units ``(N, k)``, or of any tensors, to a scalar.
 Density = Callable[..., Tensor]
-
-
-class Status(IntEnum):
-    """Base of enumerations whose members are pairs of a code and a sentence; ``str(status)`` is the sentence.
-
-    Example::
-
-        >>> class Answer(Status):
-        ...     YES = 0, "it is so"
-        >>> print(Answer(0))
-        it is so
-    """
-
-    sentence: str
-
-    def __new__(cls, code: int, sentence: str) -> Status:
-        """Attach the sentence to its code."""
-        member = int.__new__(cls, code)
-        member._value_ = code
-        member.sentence = sentence
-        return member
-
-    def __str__(self) -> str:
-        return self.sentence
 
 
 def to_numpy(tensor: Tensor) -> Vector:

@@ -12,7 +12,7 @@ from helpers.house import ROOT, Import, Package, read_sources, room_of
 
 import laplace_amort
 
-GROUND = ("errors", "types")  # imported by all, and importing nothing
+GROUND = ("errors", "types", "statuses", "doors")  # imported by all, and importing nothing
 # Who may import whom. ``public`` is the package itself, and a name after a dot is all that is taken of the room.
 ROOMS = {
     "linalg": "",
@@ -29,9 +29,12 @@ ROOMS = {
     "cli": "public plots testing examples",
 }
 MAY_IMPORT = {**{here: [] for here in GROUND}, **{here: [*GROUND, *rooms.split()] for here, rooms in ROOMS.items()}}
-TENSORS = ("errors", "types", "linalg", "autodiff", "units")  # these know no Pyro
+TENSORS = (*GROUND, "linalg", "autodiff", "units")  # these know no Pyro
 ENTERED_BY_USERS = ("plots", "testing")  # doors of their own beside the package: what they hand on is public
 ADDRESSED_DIRECTLY = ("examples", "plots.style")  # shelves of modules, or of colors, not doors that hand names on
+# Where an import may wait inside a function until it is needed: the command line and pytest start without torch.
+LATE = ("cli",)
+LATE_FILES = (f"{ROOT}.testing.pytest_plugin",)
 TRACER = f"{ROOT}.model.runs"  # the one file that traces models; guides are traced where they are checked
 TRACING = {"trace", "get_trace", "TraceMessenger", "TraceHandler", "get_importance_trace"}
 
@@ -51,7 +54,7 @@ def _violations_of(package: Package, name: str) -> Iterator[tuple[int, str]]:
         yield 1, f"is in no room: '{here}' has no line in the table of who may import whom"
         return
     for found in package.own_imports(name):
-        if found.inside and here != "cli":
+        if found.inside and here not in LATE and name not in LATE_FILES:
             yield found.line, f"imports {found.full_name} inside a function"
         there = room_of(package.module_of(found)) or "public"
         if there != here:
@@ -103,9 +106,12 @@ def _faults_of_door(package: Package, name: str) -> Iterator[tuple[int, str]]:
         yield 1, "has no docstring of one sentence"
     for node in tree.body[1:]:
         names_only = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) in ("__all__", "__version__")
-        if not names_only and not isinstance(node, ast.ImportFrom):
+        if _opens_on_demand(node):
+            yield from _faults_of_opening(package, name, node)
+        elif not names_only and not isinstance(node, ast.ImportFrom):
             yield node.lineno, f"does more than hand names on: {ast.unparse(node).splitlines()[0]}"
-    lines = {str(found.name): found.line for found in package.imports[name]}
+    means = ("typing.TYPE_CHECKING", f"{ROOT}.doors.opened_on_demand")  # to open on demand, and not handed on
+    lines = {str(found.name): found.line for found in package.imports[name] if found.full_name not in means}
     line_of_all = next((node.lineno for node in tree.body if "__all__" in ast.unparse(node)), 1)
     for other in sorted(set(lines) ^ set(handed_on)):
         yield lines.get(other, line_of_all), f"imports {other} or has it in __all__, and not both"
@@ -118,6 +124,36 @@ def _faults_of_door(package: Package, name: str) -> Iterator[tuple[int, str]]:
         }
         for other in sorted(set(handed_on) - used - set(package.handed_on(ROOT))):
             yield lines.get(other, line_of_all), f"hands on {other}, which no other room uses and which is not public"
+
+
+def _opens_on_demand(node: ast.stmt) -> bool:
+    """Whether a statement has imports for type checkers, and a table of the same for Python."""
+    if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
+        return False
+    pattern = r"\(?__getattr__, __dir__\)? = opened_on_demand\(__name__, \{.*\}\)"
+    return (
+        all(isinstance(line, ast.ImportFrom) for line in node.body)
+        and len(node.orelse) == 1
+        and re.fullmatch(pattern, ast.unparse(node.orelse[0]), re.DOTALL) is not None
+    )
+
+
+def _faults_of_opening(package: Package, name: str, node: ast.stmt) -> Iterator[tuple[int, str]]:
+    """Where a table of names by module is not what type checkers are told, or a name is that of a module as well."""
+    table = ast.literal_eval(ast.unparse(node.orelse[0].value.args[1]))  # type: ignore[attr-defined]
+    opened = {f"{module}.{taken}" for module, names in table.items() for taken in names.split()}
+    line = node.orelse[0].lineno  # type: ignore[attr-defined]
+    told = {
+        f"{found.origin.removeprefix(name)[1:]}.{found.name}"
+        for found in package.imports[name]
+        if node.lineno <= found.line < line
+    }
+    for other in sorted(told ^ opened):
+        yield line, f"opens {other} for type checkers or for Python, and not for both"
+    for other in sorted(opened):
+        module = f"{name}.{other.rpartition('.')[2]}"
+        if module in package.trees:  # whoever imports the file first would get it in place of what is in it
+            yield line, f"opens {other}, and {package.paths[module]} has the same name"
 
 
 def _traces(package: Package, name: str) -> Iterator[tuple[int, str]]:
@@ -161,8 +197,18 @@ def test_package_hands_on_what_it_says() -> None:
 # ------------------------------------------------------------------------------------------------ planted violations
 
 DOOR = '"""What is here."""\n'
+OPENED = """\
+from typing import TYPE_CHECKING
+from laplace_amort.doors import opened_on_demand
+__all__ = ['Report']
+if TYPE_CHECKING:
+    from laplace_amort.testing.report import Report
+else:
+    __getattr__, __dir__ = opened_on_demand(__name__, {'report': 'Report'})
+"""
 SOUND = {
     "__init__.py": DOOR + "from laplace_amort.guide import Guide\n__version__ = '1'\n__all__ = ['Guide']",
+    "doors.py": "__all__ = ['opened_on_demand']",
     "errors.py": "import torch\n__all__ = ['PathError']",
     "types.py": "__all__ = ['Vector']",
     "linalg/__init__.py": DOOR + "from .matrix import Matrix, Whitening\n__all__ = ['Matrix', 'Whitening']",
@@ -178,7 +224,8 @@ SOUND = {
     "torch.jit.trace(f)\nelbo._get_trace(m)",
     "fitting/__init__.py": '"""How the parameter\nis found."""',
     "fitting/fit.py": "from laplace_amort.linalg import Whitening",
-    "testing/__init__.py": DOOR + "from .report import Report\n__all__ = ['Report']",
+    "testing/__init__.py": DOOR + OPENED,
+    "testing/pytest_plugin.py": "def f():\n    from laplace_amort.testing import Report",
     "testing/report.py": "from laplace_amort.testing import checks",
     "testing/checks.py": "from pyro.poutine import trace\nfrom ..guide import Guide",
     "plots/__init__.py": DOOR + "from .style import style\n__all__ = ['style']",
@@ -227,6 +274,7 @@ PLANTED = [
     ("__init__.py", "from .units.modes import Mode", "units.modes.Mode: the door is laplace_amort.units"),
     # Where it can be seen.
     ("guide/auto.py", "def f():\n    from ..model import LogJoint", "model.LogJoint inside a function"),
+    ("testing/report.py", "def f():\n    from ..guide import Guide", "guide.Guide inside a function"),
     ("linalg/matrix.py", "async def f():\n    from . import repair", "linalg.repair inside a function"),
     # In no circle.
     ("linalg/matrix.py", "from . import repair", "-> linalg/repair.py:1 -> linalg/matrix.py"),
@@ -251,6 +299,8 @@ PLANTED = [
     ("fitting/__init__.py", "def f(): ...", "does more than hand names on: def f():"),
     ("model/__init__.py", "from .log_joint import Other", "imports Other or has it in __all__, and not both"),
     ("posterior/__init__.py", "__all__ = ['Other']", "imports Other or has it in __all__, and not both"),
+    ("model/__init__.py", "if TYPE_CHECKING: x = 1", "does more than hand names on: if TYPE_CHECKING"),
+    ("model/__init__.py", "from typing import Any", "imports Any or has it in __all__, and not both"),
     ("cli/__init__.py", "__all__ = ['f']; from .main import f", "hands on f, which no other room uses"),
     ("posterior/__init__.py", "", "has no docstring of one sentence"),
     ("posterior/__init__.py", '"""One. And two."""', "has no docstring of one sentence"),
@@ -268,19 +318,36 @@ def test_planted_violations_are_found(path: str, planted: str, said: str) -> Non
     assert any(f"{path}:{source.count(chr(10)) + 1} " in line and said in line for line in found), found
 
 
-# Run in a fresh interpreter with a bare package, because laplace_amort/__init__.py imports the rooms above too.
+# A table of names that is not what type checkers are told, and a name that is a module's as well.
+PLANTED_IN_OPENINGS = [
+    ("{'report': 'Report'}", "{'report': 'Report Row'}", "opens report.Row for type checkers or for Python, and not"),
+    ("{'report': 'Report'}", "{'checks': 'Report'}", "opens checks.Report for type checkers or for Python, and not"),
+    ("{'report': 'Report'}", "{}", "opens report.Report for type checkers or for Python, and not for both"),
+    ("Report", "report", "opens report.report, and testing/report.py has the same name"),
+    ("{'report': 'Report'})", "{'report': 'Report'}); x = 1", "does more than hand names on: if TYPE_CHECKING:"),
+    ("import Report", "import Report; x = 1", "does more than hand names on: if TYPE_CHECKING:"),
+]
+
+
+@pytest.mark.parametrize(("sound", "planted", "said"), PLANTED_IN_OPENINGS)
+def test_planted_faults_of_openings_are_found(sound: str, planted: str, said: str) -> None:
+    assert sound in OPENED
+    source = DOOR + OPENED.replace(sound, planted)
+    found = violations(Package({**SOUND, "testing/__init__.py": source}))
+    assert any("testing/__init__.py:" in line and said in line for line in found), found
+
+
+# Run in a fresh interpreter, where nothing has imported Pyro yet.
 IMPORT_WITHOUT_PYRO = """
-import importlib, json, sys, types
+import importlib, json, sys
 
 class NoPyro:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] == "pyro":
             raise ImportError("pyro is out of bounds")
 
-modules, directory, planted = json.loads(sys.argv[1])
+modules, planted = json.loads(sys.argv[1])
 sys.meta_path.insert(0, NoPyro())
-package = sys.modules["laplace_amort"] = types.ModuleType("laplace_amort")
-package.__path__ = [directory]
 for module in modules:
     importlib.import_module(module)
 assert "pyro" not in sys.modules
@@ -293,7 +360,38 @@ except ImportError as error:
 
 def test_rooms_of_tensors_run_without_pyro() -> None:
     modules = [name for name in installed().trees if room_of(name) in TENSORS]
-    argument = json.dumps([modules, laplace_amort.__path__[0], f"{ROOT}.guide.params"])
+    argument = json.dumps([modules, f"{ROOT}.guide.params"])
     command = [sys.executable, "-c", IMPORT_WITHOUT_PYRO, argument]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (run.returncode, run.stdout) == (0, "pyro is out of bounds\n"), run.stderr
+
+
+# Every door that opens on demand, in a fresh interpreter: what is asked for, and not before.
+OPEN_DOORS = """
+import sys
+import laplace_amort, laplace_amort.testing, laplace_amort.testing.pytest_plugin
+assert not {"torch", "pyro"} & set(sys.modules), "nobody has asked yet"
+for door in laplace_amort, laplace_amort.testing:
+    assert set(door.__all__) <= set(dir(door))
+    for name in door.__all__:
+        assert name not in vars(door), name
+assert laplace_amort.linalg.Arrowhead is laplace_amort.Arrowhead  # a room without an import of its own
+import laplace_amort.testing.suite  # first the file, then the name
+assert laplace_amort.testing.check_guide is laplace_amort.testing.suite.check_guide
+for door in laplace_amort, laplace_amort.testing:
+    namespace = {}
+    exec(f"from {door.__name__} import *", namespace)
+    assert set(door.__all__) == set(namespace) - {"__builtins__"}
+    try:
+        door.absent
+    except AttributeError as error:
+        print(error)
+import pickle
+assert pickle.loads(pickle.dumps(laplace_amort.Ladder)) is laplace_amort.Ladder
+"""
+
+
+def test_doors_open_on_demand() -> None:
+    run = subprocess.run([sys.executable, "-c", OPEN_DOORS], capture_output=True, text=True, check=False)
+    said = [f"module '{door}' has no attribute 'absent'" for door in (ROOT, f"{ROOT}.testing")]
+    assert (run.returncode, run.stdout.splitlines()) == (0, said), run.stderr

@@ -9,12 +9,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from laplace_amort.cli.columns import Column, Table
 from laplace_amort.cli.exits import UsageError
 
-__all__ = ["Arguments", "bind"]
+__all__ = ["Arguments", "bind", "check_names"]
 
 _FRAMES = ("data", "frame", "df")  # names of a parameter that gets all columns
 
@@ -58,8 +56,22 @@ class Arguments:
         return "\n".join(lines + [f"{name}: {value!r}" for name, value in self.others.items()])
 
 
+def check_names(options: argparse.Namespace, table: Table) -> None:
+    """Refuse what is no pair of a name and a value, and names of columns that the table does not have.
+
+    :param options: of the command line.
+    :param Table table: the data.
+    :raises UsageError: naming the option.
+    """
+    _pairs(options.arg, "--arg")
+    renamed = _pairs(options.map, "--map")
+    asked = {"--map": list(renamed.values()), "--categorical": options.categorical, "--index": options.index}
+    for option, names in asked.items():
+        _check_known(names, table.names, f"{option}: {table.source} has no column")
+
+
 def bind(function: Callable[..., Any], table: Table, options: argparse.Namespace) -> Arguments:
-    """Bind columns and given values to the parameters of a function.
+    """Bind columns and given values to the parameters of a function, once :func:`check_names` has passed the options.
 
     :param function: a model, or a function that returns one and its arguments.
     :param Table table: the data.
@@ -75,9 +87,6 @@ def bind(function: Callable[..., Any], table: Table, options: argparse.Namespace
     given, renamed = _pairs(options.arg, "--arg"), _pairs(options.map, "--map")
     for option, texts in ("--arg", given), ("--map", renamed):
         _check_known(texts, parameters, f"{option}: {options.target} has no parameter")
-    asked = {"--map": list(renamed.values()), "--categorical": options.categorical, "--index": options.index}
-    for option, names in asked.items():
-        _check_known(names, table.names, f"{option}: {table.source} has no column")
     sources = {name: renamed.get(name, name) for name in parameters if name not in given}
     sources = {name: column for name, column in sources.items() if column in table.names}
     needed = [name for name, p in parameters.items() if name not in {*sources, *given} and p.default is p.empty]
@@ -141,4 +150,8 @@ def _literal(text: str) -> Any:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):
         return text
-    return torch.tensor(value) if isinstance(value, list) else value
+    if not isinstance(value, list):
+        return value
+    import torch  # only for a model
+
+    return torch.tensor(value)

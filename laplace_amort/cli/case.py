@@ -11,7 +11,7 @@ from typing import Any
 from laplace_amort import AutoLaplaceFamily, LaplaceAmortError
 from laplace_amort.cli.binding import Arguments, bind
 from laplace_amort.cli.calling import call_once
-from laplace_amort.cli.columns import Column, Table, read_table
+from laplace_amort.cli.columns import Column, Table
 from laplace_amort.cli.exits import Stop, UsageError
 from laplace_amort.cli.targets import Made, describe, expected, load_target, read
 from laplace_amort.cli.words import strategy
@@ -58,16 +58,16 @@ class Case:
         return {number: str(labels[number]) for number in unit_model.units.tolist()}
 
 
-def prepare(options: argparse.Namespace) -> Case:
-    """Load the model, read the data, and bind one to the other.
+def prepare(options: argparse.Namespace, table: Table) -> Case:
+    """Load the model, and bind the data to it.
 
     :param options: of the command line.
+    :param Table table: the data.
     :raises Stop: if something is wrong with either.
     """
     function = load_target(options.target, "MODEL")
     if isinstance(function, type):
         raise UsageError(f"{options.target} is a class: name an object of it, or a function that makes one")
-    table = read_table(options.data, options.separator) if options.data else Table("no --data", [], [])
     arguments = bind(function, table, options)
     made, arguments = call_once(function, options.target, arguments, functools.partial(_made, options.target))
     if made is None:

@@ -3,19 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import sys
-from pathlib import Path
 from typing import Any
 
-import pyro
-
-from laplace_amort.cli.exits import Exit, UsageError, complain, file_of, users_code
-from laplace_amort.cli.targets import Made, describe, expected, importable, load_target, read
+from laplace_amort.cli.targets import check_target
 from laplace_amort.cli.words import add_command
-from laplace_amort.errors import GuideCheckError
-from laplace_amort.testing import CheckSettings, check_guide
-from laplace_amort.types import default_dtype
 
 __all__ = ["add_parser", "run"]
 
@@ -53,26 +44,8 @@ def add_parser(commands: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Check, print every comparison, and return the exit code."""
-    with default_dtype(), importable(Path.cwd()), pyro.get_param_store().scope():
-        model, guide, args, kwargs = _case(options.target)
-        settings = kwargs.pop("settings", CheckSettings())
-        settings = dataclasses.replace(settings, progress=sys.stderr.isatty())
-        try:
-            print(check_guide(model, guide, *args, settings=settings, **kwargs))
-        except GuideCheckError as error:
-            if error.report is not None:
-                print(error.report)
-            return complain(str(error), Exit.FAILED)
-    return Exit.OK
+    """Refuse what is wrong before a guide is there, then check, print every comparison, and return the exit code."""
+    check_target(options.target, "FACTORY")
+    from laplace_amort.cli.checking import check_and_show  # loads torch
 
-
-def _case(target: str) -> Made:
-    """Import the factory, call it and look at what it returned."""
-    factory, said, lengths = load_target(target, "FACTORY"), f"{target}()", (3, 4)
-    with users_code(f"{said} raised", file_of(factory)):
-        returned = factory()
-    made = read(returned, said, lengths)
-    if not callable(made.guide):
-        raise UsageError(f"{expected(said, lengths)}; guide is {describe(made.guide)}")
-    return made
+    return check_and_show(options.target)

@@ -7,13 +7,14 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 import numpy
-import torch
-from torch import Tensor
 
 from laplace_amort.cli.exits import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["Column", "Table", "read_table"]
 
@@ -46,6 +47,8 @@ class Column:
 
         :param bool as_index: integers, for a column of whole numbers; otherwise the default dtype of torch.
         """
+        import torch  # only for a model: what is wrong with a table is told without it
+
         values = torch.from_numpy(self.values.copy())
         return values if as_index and self.is_whole else values.to(torch.get_default_dtype())
 

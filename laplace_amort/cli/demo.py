@@ -9,11 +9,10 @@ from typing import Any
 
 from tabulate import tabulate
 
-from laplace_amort import plots
 from laplace_amort.cli.exits import Exit, UsageError, complain
 from laplace_amort.cli.files import check_plot_path
 from laplace_amort.cli.words import add_command, positive
-from laplace_amort.examples import demo, ecological_demo, svi_demo
+from laplace_amort.examples.titles import STEPS, TITLES
 
 __all__ = ["add_parser", "run"]
 
@@ -32,7 +31,7 @@ examples:
   laplace-amort demo epil --no-plot
   laplace-amort demo radon --svi     guides by plain SVI, un-amortized and amortized: a minute or two
 """
-_TITLES = {name: example.title for name, example in demo.EXAMPLES.items()} | {"senc": ecological_demo.TITLE}
+_WITHOUT_NUTS = {"senc"}  # beside the truth instead
 
 
 def add_parser(commands: Any) -> None:
@@ -41,15 +40,15 @@ def add_parser(commands: Any) -> None:
         commands,
         "demo",
         run,
-        "names:\n" + tabulate([("", *title) for title in _TITLES.items()], tablefmt="plain") + f"\n{_EPILOG}",
+        "names:\n" + tabulate([("", *title) for title in TITLES.items()], tablefmt="plain") + f"\n{_EPILOG}",
         help="fit real data and compare with a long run of NUTS",
         description=_DESCRIPTION,
     )
-    parser.add_argument("name", nargs="?", default="multisite", choices=_TITLES, help="which one (default %(default)s)")
+    parser.add_argument("name", nargs="?", default="multisite", choices=TITLES, help="which one (default %(default)s)")
     parser.add_argument("--list", action="store_true", help="list the names, with what each is, and fit nothing")
     parser.add_argument("--svi", action="store_true", help="fit by plain SVI instead, which takes longer: "
                         "un-amortized, with the joint and with the marginal head; tables only")  # fmt: skip
-    parser.add_argument("--steps", type=positive, help=f"of SVI for each guide, with --svi (default {svi_demo.STEPS})")
+    parser.add_argument("--steps", type=positive, help=f"of SVI for each guide, with --svi (default {STEPS})")
     parser.add_argument("--seed", type=int, default=0, help="of the random numbers (default 0)")
     plot = parser.add_mutually_exclusive_group()
     plot.add_argument("--plot", type=Path, metavar="PATH",
@@ -61,7 +60,7 @@ def add_parser(commands: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Fit, print, plot, and return the exit code."""
     if options.list:
-        print(tabulate(_TITLES.items(), tablefmt="plain"))
+        print(tabulate(TITLES.items(), tablefmt="plain"))
         return Exit.OK
     _check(options)
     path = _plot_path(options)  # before the fit: nobody wants to hear of it after
@@ -70,6 +69,8 @@ def run(options: argparse.Namespace) -> int:
     if path is not None:
         try:
             figures = {path.with_stem(path.stem + addition): drawn for addition, drawn in result.figures().items()}
+            from laplace_amort import plots  # loads torch, as the fit has
+
             for place, figure in figures.items():
                 plots.save_figure(figure, place)
         except (OSError, ValueError) as error:
@@ -80,8 +81,8 @@ def run(options: argparse.Namespace) -> int:
 
 def _check(options: argparse.Namespace) -> None:
     """Refuse options that say nothing together."""
-    if options.svi and options.name not in demo.EXAMPLES:
-        raise UsageError(f"--svi is for {', '.join(demo.EXAMPLES)}")
+    if options.svi and options.name in _WITHOUT_NUTS:
+        raise UsageError(f"--svi is for {', '.join(name for name in TITLES if name not in _WITHOUT_NUTS)}")
     if options.svi and options.plot:
         raise UsageError("--svi prints tables, and draws nothing: leave --plot out")
     if options.steps and not options.svi:
@@ -105,7 +106,9 @@ def _plot_path(options: argparse.Namespace) -> Path | None:
 
 def _fit(options: argparse.Namespace) -> Any:
     """Run what is asked for; the result can be printed, has figures, and knows whether it was interrupted."""
+    from laplace_amort.examples import demo, ecological_demo, svi_demo  # load torch
+
     settings = {"seed": options.seed, "progress": not options.quiet}
     if options.svi:
-        return svi_demo.run(options.name, steps=options.steps or svi_demo.STEPS, **settings)
+        return svi_demo.run(options.name, steps=options.steps or STEPS, **settings)
     return ecological_demo.run(**settings) if options.name == "senc" else demo.run(options.name, **settings)

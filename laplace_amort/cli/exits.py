@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from laplace_amort.types import Status
+from laplace_amort.statuses import Status
 
 __all__ = ["Exit", "Stop", "UsageError", "complain", "file_of", "show_traceback", "table_of_codes", "users_code"]
 

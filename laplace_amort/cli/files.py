@@ -7,7 +7,6 @@ import importlib.util
 import os
 from pathlib import Path
 
-from laplace_amort import plots
 from laplace_amort.cli.exits import UsageError
 
 __all__ = ["check_outputs", "check_plot_path"]
@@ -48,12 +47,11 @@ def check_plot_path(path: Path) -> None:
     :raises UsageError: if matplotlib is not installed, there is no such directory, or the name ends in no format of
         plots.
     """
-    try:
-        matplotlib = plots.require_matplotlib()
-    except ImportError as error:
-        raise UsageError(str(error)) from error
+    _require("plots", "plots", "matplotlib")
     _check_directory(path, "the plot")
-    formats = matplotlib.figure.Figure().canvas.get_supported_filetypes()
+    from matplotlib.backend_bases import FigureCanvasBase  # which takes a moment, and is not always installed
+
+    formats = FigureCanvasBase.get_supported_filetypes()
     if path.suffix[1:].lower() not in formats:
         raise UsageError(f"the plot's name {path.name} must end in one of {', '.join('.' + name for name in formats)}")
 

@@ -1,4 +1,8 @@
-"""The command ``laplace-amort``: progress and complaints on stderr, results on stdout."""
+"""The command ``laplace-amort``: progress and complaints on stderr, results on stdout.
+
+What is typed is read and checked without torch, which takes seconds to load: a command imports it where it has nothing
+left to complain of. A test refuses torch in the help and in what is wrong before a model is imported.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,6 @@ from collections.abc import Sequence
 import laplace_amort
 from laplace_amort.cli import check, demo, fit
 from laplace_amort.cli.exits import Exit, Stop, UsageError, complain, table_of_codes
-from laplace_amort.errors import LaplaceAmortError
 
 __all__ = ["main"]
 
@@ -60,10 +63,14 @@ def _run(argv: Sequence[str] | None) -> int:
         return stop.code if isinstance(stop.code, int) else int(Exit.OK)
     except Stop as stop:
         return int(complain(str(stop), stop.code))
-    except LaplaceAmortError as error:
-        return int(complain(f"{type(error).__name__}: {error}", Exit.FAILED))
     except KeyboardInterrupt:
         return int(complain("interrupted", Exit.INTERRUPTED))
+    except Exception as error:
+        from laplace_amort.errors import LaplaceAmortError  # loads torch, which is there if it is one of these
+
+        if not isinstance(error, LaplaceAmortError):
+            raise
+        return int(complain(f"{type(error).__name__}: {error}", Exit.FAILED))
 
 
 def _drop_output() -> None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from laplace_amort.cli.exits import Stop, UsageError, show_traceback, users_code
 
-__all__ = ["Made", "describe", "expected", "importable", "load_target", "read"]
+__all__ = ["Made", "check_target", "describe", "expected", "importable", "load_target", "read"]
 
 _FORMS = {2: "(model, args)", 3: "(model, guide, args)", 4: "(model, guide, args, kwargs)"}
 
@@ -34,6 +34,23 @@ class Made(NamedTuple):
     kwargs: dict[str, Any]
 
 
+def check_target(target: str, what: str) -> None:
+    """Refuse what names neither a file that is there nor a module that Python finds, and import nothing.
+
+    :param str target: as typed.
+    :param str what: what is wanted, for the complaint.
+    :raises UsageError: if it is not of the form, or there is no such file or module.
+    """
+    place, _ = _parts(target, what)
+    if place.endswith(".py"):
+        _check_file(Path(place))
+        return
+    first = place.partition(".")[0]  # to look for what is below would import it
+    with importable(Path.cwd()):
+        if importlib.util.find_spec(first) is None:
+            raise UsageError(f"module '{place}' cannot be imported: ModuleNotFoundError: No module named '{first}'")
+
+
 def load_target(target: str, what: str) -> Callable[..., Any]:
     """Return what ``MODULE:NAME`` or ``path/to/file.py:NAME`` stands for.
 
@@ -41,9 +58,7 @@ def load_target(target: str, what: str) -> Callable[..., Any]:
     :param str what: what is wanted, for the complaint.
     :raises UsageError: if it is not there, cannot be imported or cannot be called.
     """
-    place, colon, name = target.rpartition(":")  # a path on Windows has a colon of its own
-    if not (place and colon and name.isidentifier()):
-        raise UsageError(f"'{target}' is not of the form MODULE:{what} or FILE.py:{what}, such as mymodel.py:model")
+    place, name = _parts(target, what)
     module = _from_file(Path(place)) if place.endswith(".py") else _from_name(place)
     found = getattr(module, name, None)
     if callable(found):
@@ -107,6 +122,18 @@ def read(returned: Any, said: str, lengths: Sequence[int] = (2, 3, 4), stop: typ
     return Made(model, guide[0] if guide else None, tuple(args), dict(kwargs))
 
 
+def _parts(target: str, what: str) -> tuple[str, str]:
+    place, colon, name = target.rpartition(":")  # a path on Windows has a colon of its own
+    if not (place and colon and name.isidentifier()):
+        raise UsageError(f"'{target}' is not of the form MODULE:{what} or FILE.py:{what}, such as mymodel.py:model")
+    return place, name
+
+
+def _check_file(path: Path) -> None:
+    if not path.is_file():
+        raise UsageError(f"there is no file {path}")
+
+
 def _from_name(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
@@ -119,8 +146,7 @@ def _from_name(name: str) -> ModuleType:
 
 def _from_file(path: Path) -> ModuleType:
     """Run a file as a module. It is not called by its own name, which may be that of an installed one."""
-    if not path.is_file():
-        raise UsageError(f"there is no file {path}")
+    _check_file(path)
     full = path.resolve()
     name = f"_laplace_amort_{hashlib.sha256(str(full).encode()).hexdigest()[:8]}_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, full)

@@ -10,20 +10,20 @@ from typing import Any
 import laplace_amort
 from laplace_amort.cli.exits import UsageError, table_of_codes
 
-__all__ = ["STRATEGIES", "add_command", "positive", "strategy"]
+__all__ = ["STRATEGIES", "add_command", "check_strategy", "positive", "strategy"]
 
-# What can be named in words, by option; the first is the default.
-STRATEGIES: dict[str, dict[str, Any]] = {
+# What can be named in words, by option, and the call that each stands for; the first is the default.
+STRATEGIES = {
     "--objective": {
-        "ladder": laplace_amort.Ladder(),
-        "laplace": laplace_amort.MarginalLaplace(),
-        "quadrature": laplace_amort.MarginalQuadrature(),
-        "elbo": laplace_amort.FixedDrawELBO(),
-        "nested": laplace_amort.NestedELBO(),
-        "stochastic": laplace_amort.Stochastic(),
+        "ladder": "Ladder()",
+        "laplace": "MarginalLaplace()",
+        "quadrature": "MarginalQuadrature()",
+        "elbo": "FixedDrawELBO()",
+        "nested": "NestedELBO()",
+        "stochastic": "Stochastic()",
     },
-    "--mode": {"newton": laplace_amort.NewtonMode(), "free": laplace_amort.FreeMode()},
-    "--head": {"joint": laplace_amort.JointCurvature(), "marginal": laplace_amort.MarginalCurvature()},
+    "--mode": {"newton": "NewtonMode()", "free": "FreeMode()"},
+    "--head": {"joint": "JointCurvature()", "marginal": "MarginalCurvature()"},
 }
 
 
@@ -56,6 +56,31 @@ def positive(text: str) -> int:
     return number
 
 
+def check_strategy(option: str, text: str) -> ast.Expression:
+    """Refuse what is no word for a strategy and no call of public names, and return it parsed.
+
+    :param str option: that chooses it.
+    :param str text: as typed.
+    :raises UsageError: if it is neither.
+    """
+    names = STRATEGIES[option]
+    allowed = (ast.Expression, ast.Call, ast.keyword, ast.Name, ast.Load, ast.Constant, ast.UnaryOp, ast.USub)
+    try:
+        tree = ast.parse(names.get(text, text), mode="eval")
+    except (SyntaxError, ValueError):  # a ValueError of bytes that are zero
+        tree = ast.Expression(ast.Constant(None))
+    if not isinstance(tree.body, ast.Call) or not all(isinstance(node, allowed) for node in ast.walk(tree)):
+        raise UsageError(
+            f"{option} '{text}' is unknown; it is one of {', '.join(names)}, or a call such as\n"
+            f"    {option} '{next(iter(names.values()))}'"
+        )
+    named = [node.id for node in ast.walk(tree) if isinstance(node, ast.Name)]
+    unknown = next((name for name in named if name not in laplace_amort.__all__), None)
+    if unknown:
+        raise UsageError(f"{option} {text}: laplace_amort has no '{unknown}'")
+    return tree
+
+
 def strategy(option: str, text: str) -> Any:
     """Return a strategy that is named, or made by a call of public names such as ``Ladder(accuracy=0.01)``.
 
@@ -68,20 +93,10 @@ def strategy(option: str, text: str) -> Any:
         >>> strategy("--objective", "MarginalQuadrature(GaussHermite(17))")
         MarginalQuadrature(rule=GaussHermite(num_points=17), start_with=MarginalLaplace())
     """
-    names = STRATEGIES[option]
-    if text in names:
-        return names[text]
-    public = {name: getattr(laplace_amort, name) for name in laplace_amort.__all__}
+    tree = check_strategy(option, text)
+    named = (node.id for node in ast.walk(tree) if isinstance(node, ast.Name))
+    public = {name: getattr(laplace_amort, name) for name in named}
     try:
-        tree = ast.parse(text, mode="eval")
-        allowed = (ast.Expression, ast.Call, ast.keyword, ast.Name, ast.Load, ast.Constant, ast.UnaryOp, ast.USub)
-        if not isinstance(tree.body, ast.Call) or not all(isinstance(node, allowed) for node in ast.walk(tree)):
-            raise SyntaxError
         return eval(compile(tree, option, "eval"), {"__builtins__": {}}, public)
-    except SyntaxError as error:
-        raise UsageError(
-            f"{option} '{text}' is unknown; it is one of {', '.join(names)}, or a call such as\n"
-            f"    {option} '{next(iter(names.values()))!r}'"
-        ) from error
     except Exception as error:
         raise UsageError(f"{option} {text}: {type(error).__name__}: {error}") from error

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from tabulate import tabulate
 
 from laplace_amort.posterior import records_frame
-from laplace_amort.types import Status
+from laplace_amort.statuses import Status
 
 __all__ = ["Diagnosis", "Finding", "Level", "UnitTails"]
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from laplace_amort import ClosedFormMode, NewtonMode
 from laplace_amort.examples import datasets, epil, multisite, radon
+from laplace_amort.examples.titles import TITLES
 
 __all__ = ["EXAMPLES", "Estimates", "Example"]
 
@@ -61,21 +62,21 @@ def _raw_lines(args: tuple[Tensor, ...], reference: datasets.Reference) -> Estim
 
 EXAMPLES = {
     "multisite": Example(
-        title="44 sites of an education experiment, Student-t effects, the conditional mode in closed form",
+        title=TITLES["multisite"],
         module=multisite,
         unit="site",
         raw_estimates=_raw_effects,
         mode=ClosedFormMode(multisite.closed_form_mode),
     ),
     "epil": Example(
-        title="59 patients of an epilepsy trial, Poisson log-normal counts, the conditional mode by Newton steps",
+        title=TITLES["epil"],
         module=epil,
         unit="patient",
         raw_estimates=_raw_log_rates,
         labels={"beta": ("intercept", "log base", "treatment", "treatment x base", "log age", "period 4")},
     ),
     "radon": Example(
-        title="919 homes in 85 counties, intercept and slope of each county, the conditional mode by Newton steps",
+        title=TITLES["radon"],
         module=radon,
         unit="county",
         raw_estimates=_raw_lines,

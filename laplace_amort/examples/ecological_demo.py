@@ -19,10 +19,11 @@ from laplace_amort.examples.ecological_scores import (
     score_table,
 )
 from laplace_amort.examples.settings import own_settings
+from laplace_amort.examples.titles import TITLES
 
 __all__ = ["TITLE", "EcologicalResult", "run"]
 
-TITLE = "212 precincts of North Carolina, party by race from margins alone, beside the true tables"
+TITLE = TITLES["senc"]
 _MODELS = {"same everywhere": ecological.model, "contextual": ecological.contextual_model}
 
 

@@ -19,11 +19,11 @@ from tqdm import trange
 from laplace_amort import AutoLaplaceFamily, FreeMode, JointCurvature, LaplaceGaussian, MarginalCurvature, SoftAbs
 from laplace_amort.examples.catalogue import Example
 from laplace_amort.examples.settings import own_settings
+from laplace_amort.examples.titles import STEPS
 from laplace_amort.examples.yardstick import Yardstick
 
-__all__ = ["STEPS", "SVIFit", "SVIResult", "guides", "run"]
+__all__ = ["SVIFit", "SVIResult", "guides", "run"]
 
-STEPS = 400
 _LEARNING_RATE = 0.1, 0.001  # at the first and at the last step
 _PARTICLES = 32  # per step
 _EVALUATION = 20, 200  # the final ELBO: batches, particles in each

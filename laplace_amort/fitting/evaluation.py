@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from laplace_amort.types import Status, Vector
+from laplace_amort.statuses import Status
+from laplace_amort.types import Vector
 
 __all__ = ["Evaluation", "FitStatus", "Function", "Maximum"]
 

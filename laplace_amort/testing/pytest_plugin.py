@@ -4,22 +4,21 @@ It is asked for by name, in the root ``conftest.py`` of a suite::
 
     pytest_plugins = ["laplace_amort.testing.pytest_plugin"]
 
-Pytest loads nothing of it anywhere else: a plugin that registers itself would load torch at the start of every run in
-an environment, whatever it tests. It has no options, no hooks, and no fixture that acts on a test without being named.
+Pytest loads nothing of it anywhere else: a plugin that registers itself would act in every run in an environment,
+whatever it tests. Where it is loaded it imports torch for the first test that asks for the fixture, not when pytest
+starts. It has no options, no hooks, and no fixture that acts on a test without being named.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-import pyro
 import pytest
 
-from laplace_amort.errors import GuideCheckError
-from laplace_amort.testing import CheckReport, CheckSettings, check_guide
-from laplace_amort.types import default_dtype
+if TYPE_CHECKING:
+    from laplace_amort.testing import CheckReport, CheckSettings
 
 __all__ = ["GuideCheck", "laplace_amort_check"]
 
@@ -55,6 +54,9 @@ def laplace_amort_check() -> Iterator[GuideCheck]:
 def _check(model: Any, guide: Any, *args: Any, settings: CheckSettings | None = None, **kwargs: Any) -> CheckReport:
     """Check a guide, and fail the test with the table of the report."""
     __tracebackhide__ = True
+    from laplace_amort.errors import GuideCheckError
+    from laplace_amort.testing import check_guide
+
     try:
         return check_guide(model, guide, *args, settings=settings, **kwargs)
     except GuideCheckError as error:
@@ -65,6 +67,10 @@ def _check(model: Any, guide: Any, *args: Any, settings: CheckSettings | None = 
 @contextmanager
 def _clean_slate() -> Iterator[None]:
     """Set what every check starts from, and put it back."""
+    import pyro
+
+    from laplace_amort.types import default_dtype
+
     random = pyro.util.get_rng_state()
     with ExitStack() as stack:
         stack.enter_context(default_dtype())

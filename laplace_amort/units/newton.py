@@ -32,7 +32,8 @@ import torch
 from torch import Tensor
 
 from laplace_amort.linalg import Repair, blocks
-from laplace_amort.types import Density, Status
+from laplace_amort.statuses import Status
+from laplace_amort.types import Density
 from laplace_amort.units.newton_step import NewtonPoint, evaluate, newton_point
 
 __all__ = ["ModeStatus", "NewtonSearch", "SearchResult", "Trial", "accepted", "default_tolerance"]

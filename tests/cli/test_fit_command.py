@@ -18,7 +18,7 @@ import xarray
 from helpers.cli_trial import MODELS, ROWS, WAITS
 
 from laplace_amort import FitStatus, MarginalLaplace
-from laplace_amort.cli import fit as fit_command
+from laplace_amort.cli import fitting as fit_command
 from laplace_amort.cli import main as cli
 from laplace_amort.cli.report import as_options
 from laplace_amort.fitting.history import History

@@ -10,7 +10,7 @@ import shlex
 import pytest
 from helpers import documents
 
-from laplace_amort.cli import fit
+from laplace_amort.cli import fitting
 from laplace_amort.cli import main as cli
 from laplace_amort.cli.exits import Exit
 
@@ -74,7 +74,7 @@ def typed(line, scripts):
 def test_every_line_does_what_is_shown(directory, step_cost, monkeypatch):
     monkeypatch.setattr(step_cost, "_DENSE_LATENTS", 50)
     monkeypatch.setattr(step_cost, "_SECONDS", 0.0)
-    monkeypatch.setattr(fit, "diagnose", functools.partial(fit.diagnose, simulations=10))
+    monkeypatch.setattr(fitting, "diagnose", functools.partial(fitting.diagnose, simulations=10))
     scripts = {"benchmarks/step_cost.py": step_cost.main}
     out = err = ""
     compared = 0

@@ -49,7 +49,7 @@ def test_no_arrow_goes_up(house):
 def test_every_room_is_drawn_and_listed(house):
     drawn = ElementTree.fromstring(house.drawing(house.PACKAGE))
     names = {text.text for text in drawn.iter("{http://www.w3.org/2000/svg}text") if text.get("class") == "name"}
-    assert names == {*house.rooms(house.PACKAGE), "errors and types"}
+    assert names == {*house.rooms(house.PACKAGE), "errors, types, statuses, doors"}
     table = house.files(house.PACKAGE)
     for path in house.PACKAGE.rglob("*.py"):
         if path.name != "__init__.py":
