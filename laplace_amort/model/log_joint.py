@@ -22,6 +22,7 @@ from torch.distributions.transforms import Transform
 
 from laplace_amort.errors import ModelError
 from laplace_amort.model import messages
+from laplace_amort.model.densities import smooth
 from laplace_amort.model.guide_sites import refuse_subsampled, sample_images
 from laplace_amort.model.handlers import Feed, Indices, subsampled_plates
 from laplace_amort.model.packing import check_names, listed, pack, unpack
@@ -142,6 +143,9 @@ class LogJoint(ModelRuns):
         """
         feed = Feed(unconstrained, self.sites)
         trace = self._run_whole(feed)
+        for node in trace.nodes.values():
+            if node["type"] == "sample":
+                node["fn"] = smooth(node["fn"])
         with messages.explained(lambda error: messages.of_density(error, trace)):
             trace.compute_log_prob()
         nodes = [node for node in trace.nodes.values() if node["type"] == "sample" and "log_prob" in node]
