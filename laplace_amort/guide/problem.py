@@ -22,7 +22,7 @@ from laplace_amort.guide.gaussian import LaplaceGaussian
 from laplace_amort.guide.heads import Head
 from laplace_amort.guide.vector import set_vector, to_vector
 from laplace_amort.linalg import Arrowhead, repair_tails
-from laplace_amort.model import SubsampledPlate, UnitModel, separated, unit_owners, unit_terms
+from laplace_amort.model import SubsampledPlate, UnitModel, separated, takes_particles, unit_owners, unit_terms
 from laplace_amort.types import Vector
 from laplace_amort.units import FreeMode, Mode, NewtonMode, UnitIntegrals
 
@@ -77,6 +77,10 @@ class Problem:
         """All parameters there are, of guide and model, the globals first."""
         leaves = [*self.globals_(), *self.guide.parameters(), *self.model_parameters]
         return list({id(leaf): leaf for leaf in leaves}.values())
+
+    def takes_particles(self, num_particles: int) -> bool:
+        """Whether the model can run in a plate of particles, as vectorized ELBOs of Pyro have it."""
+        return takes_particles(self.unit_model.density, num_particles)
 
     def place(self, start: Tensor) -> None:
         """Put the globals at a start ``(d,)``, and forget the modes found elsewhere."""

@@ -4,6 +4,7 @@ from laplace_amort.model.handlers import SubsampledPlate
 from laplace_amort.model.layout import UnitLayout, find_layout
 from laplace_amort.model.log_joint import LogJoint
 from laplace_amort.model.observed import ObservedSite, observed_sites, with_data_drawn
+from laplace_amort.model.particles import takes_particles
 from laplace_amort.model.sites import plates_of, undressed
 from laplace_amort.model.terms import separated, unit_owners, unit_terms
 from laplace_amort.model.unit_model import UnitModel, UnitModels
@@ -19,6 +20,7 @@ __all__ = [
     "observed_sites",
     "plates_of",
     "separated",
+    "takes_particles",
     "undressed",
     "unit_owners",
     "unit_terms",

@@ -1,12 +1,25 @@
 """Noisy steps, and a rule for when to stop that can be relied on."""
 
+import re
+
 import numpy
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from helpers.fit_models import guide_for, poisson, poisson_counts, subsampled
 from pyro.infer import Trace_ELBO
 
-from laplace_amort import FitStatus, FixedDrawELBO, MarginalLaplace, ModelError, QuasiNewton, Stochastic, fit
+from laplace_amort import (
+    AutoLaplaceFamily,
+    FitStatus,
+    FixedDrawELBO,
+    MarginalLaplace,
+    ModelError,
+    QuasiNewton,
+    Stochastic,
+    fit,
+)
 from laplace_amort.fitting.objectives.stochastic import WalkState
 from laplace_amort.linalg.whitening import Whitening
 
@@ -142,3 +155,47 @@ def test_settings(settings, message):
 def test_minibatches_are_no_marginal_density():
     with pytest.raises(ModelError, match="MarginalLaplace needs all of them"):
         fit(subsampled, guide_for(subsampled), Z, 10, objective=MarginalLaplace())
+
+
+COUNTY = torch.arange(12) % 4
+ROWS = torch.linspace(-1.0, 2.0, 12, dtype=torch.float64)
+
+
+def counties(z):
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("counties", 4):
+        a = pyro.sample("a", dist.Normal(mu, 1.0))
+    with pyro.plate("rows", 12):
+        pyro.sample("z", dist.Normal(a[COUNTY], 1.0), obs=z)
+
+
+def counties_on_the_right(z):
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("counties", 4):
+        a = pyro.sample("a", dist.Normal(mu, 1.0))
+    with pyro.plate("rows", 12):
+        pyro.sample("z", dist.Normal(a[..., COUNTY], 1.0), obs=z)
+
+
+def walked(model, **settings):
+    pyro.clear_param_store()
+    objective = Stochastic(window=20, max_steps=40, **settings)
+    return fit(model, AutoLaplaceFamily(model), ROWS, objective=objective, progress=False)
+
+
+def test_a_model_that_takes_no_particles_gets_them_one_by_one():
+    result, written = walked(counties), walked(counties_on_the_right)
+    assert "a[county]" in result.notes[0]
+    assert "one by one" in result.notes[0]
+    assert "Write a[..., county]" in result.notes[0]
+    assert written.notes == []  # which is so
+    assert abs(result.objective - written.objective) < 4 * (result.standard_error + written.standard_error)
+
+
+def test_vectorized_particles_of_ones_own_are_refused_with_what_to_type():
+    elbo = Trace_ELBO(num_particles=4, vectorize_particles=True, max_plate_nesting=1)
+    with pytest.raises(ModelError, match="does not take a dimension of particles") as error:
+        walked(counties, elbo=elbo)
+    line = re.search(r"\n    objective=Stochastic\(elbo=(.*)\)$", str(error.value))
+    assert walked(counties, elbo=eval(line[1])).notes == []
+    assert walked(counties_on_the_right, elbo=elbo).notes == []

@@ -15,7 +15,7 @@ from pyro.infer import ELBO, Trace_ELBO
 from pyro.ops.stats import effective_sample_size, split_gelman_rubin
 from torch import Tensor
 
-from laplace_amort.errors import NUMERICAL_ERRORS
+from laplace_amort.errors import NUMERICAL_ERRORS, ModelError
 from laplace_amort.fitting.evaluation import Evaluation, FitStatus, Maximum
 from laplace_amort.fitting.history import History, Step
 from laplace_amort.fitting.objectives.base import Objective
@@ -54,7 +54,7 @@ class Stochastic:
 
     :param optimizer: of torch, called with a list of tensors and ``lr``, such as ``torch.optim.Adam``.
     :param float lr: learning rate to begin with, in posterior standard deviations.
-    :param ELBO elbo: one of Pyro's; by default ``Trace_ELBO`` with 8 vectorized particles.
+    :param ELBO elbo: one of Pyro's; by default ``Trace_ELBO`` with 8 particles, vectorized where the model takes that.
     :param int window: steps between two looks at the iterates.
     :param int max_steps: steps at most.
     :param float accuracy: of the optimum, in posterior standard deviations. The noise of a minibatch of B out of N
@@ -188,6 +188,28 @@ class WalkState:
         return bool((r_hat < _STATIONARY).all() and (error < accuracy).all())
 
 
+def _elbo_for(chosen: Any, problem: Problem) -> tuple[Any, tuple[str, ...]]:
+    """The ELBO whose steps are taken, and what is to be said of it.
+
+    :param chosen: by the user; None for that of this objective.
+    :param Problem problem: has the model.
+    :raises ModelError: if the chosen one gives the model a dimension of particles, and it does not take any.
+    """
+    num_particles = _PARTICLES if chosen is None else getattr(chosen, "num_particles", 1)
+    vectorized = chosen is None or (getattr(chosen, "vectorize_particles", False) and num_particles > 1)
+    if not vectorized or problem.takes_particles(num_particles):
+        nesting = problem.unit_model.density.max_plate_nesting
+        return chosen or Trace_ELBO(num_particles, nesting, vectorize_particles=True), ()
+    why = "the model does not take a dimension of particles on the left, as an index a[county] or x @ beta does not"
+    how = "Write a[..., county], or (x * beta).sum(-1)"
+    if chosen is not None:
+        raise ModelError(
+            f"{why}. {how}; or take one particle after the other:\n"
+            f"    objective=Stochastic(elbo={type(chosen).__name__}(num_particles={num_particles}))"
+        )
+    return Trace_ELBO(num_particles), (f"{why}: particles were taken one by one, which takes longer. {how}",)
+
+
 class _Walk:
     """A stochastic fit under way: begin, then windows of steps, each of them judged, and finish.
 
@@ -201,8 +223,7 @@ class _Walk:
         self.how, self.history, self.problem = how, history, history.problem
         self.guide, self.model = self.problem.guide, self.problem.unit_model
         self.function = ELBOFunction(self.problem, 2, 0)  # for its parameters and whitening; the draws are never made
-        nesting = self.model.density.max_plate_nesting
-        self.elbo: Any = how.elbo or Trace_ELBO(_PARTICLES, nesting, vectorize_particles=True)
+        self.elbo, self.notes = _elbo_for(how.elbo, self.problem)
         self.failures, self.failure = 0, ""  # steps in a row that failed, and why the last did
 
     def begin(self) -> None:
@@ -315,4 +336,4 @@ class _Walk:
         found = Evaluation(value, numpy.zeros_like(point), standard_error=error, failure=self.failure)
         status = FitStatus.INTERRUPTED if state.status is None else state.status
         # The ELBO on fixed draws has the same optimum and the same posterior.
-        return Maximum(point, found, status, state.shift, objective=FixedDrawELBO())
+        return Maximum(point, found, status, state.shift, objective=FixedDrawELBO(), notes=self.notes)
