@@ -187,6 +187,7 @@ def transform_of(node: Any) -> Transform:
     support = node["fn"].support
     if type(support).__name__ == "MixtureSameFamilyConstraint":
         support = support.base_constraint  # biject_to does not know the wrapper
+    support = _with_finite_bounds(support)
     base = support
     while isinstance(base, constraints.independent):
         base = base.base_constraint
@@ -199,6 +200,19 @@ def transform_of(node: Any) -> Transform:
             f"the support {support} of latent site '{node['name']}' ({type(node['fn']).__name__}) has no bijection "
             "from unconstrained space. Write the site in other coordinates, for instance with pyro.infer.reparam."
         ) from error
+
+
+def _with_finite_bounds(support: Any) -> Any:
+    """A support without its infinite bounds, as ``GeneralizedPareto`` has: torch would stretch a sigmoid over them."""
+    if isinstance(support, constraints.independent):
+        base = _with_finite_bounds(support.base_constraint)
+        return constraints.independent(base, support.reinterpreted_batch_ndims)
+    if type(support) is not type(constraints.unit_interval):
+        return support
+    below, above = (torch.as_tensor(bound).isinf().all() for bound in (support.lower_bound, support.upper_bound))
+    if below:
+        return constraints.real if above else constraints.less_than(support.upper_bound)
+    return constraints.greater_than(support.lower_bound) if above else support
 
 
 def _is_constant(node: Any) -> bool:

@@ -118,6 +118,13 @@ def changing(first):
     return model
 
 
+def detached_bounds(z=Z):
+    top = pyro.sample("top", dist.LogNormal(2.0, 1.0))
+    with pyro.plate("units", len(z)):
+        y = pyro.sample("y", dist.Uniform(0.0, float(top)))
+        pyro.sample("z", dist.Poisson(y), obs=z)
+
+
 def noisy(z=Z):
     with pyro.plate("units", len(z)):
         y = pyro.sample("y", dist.Normal(torch.randn(()), 1.0))
@@ -318,6 +325,9 @@ MODEL_MESSAGES = {
         changing(True), Z
     ),
     "ModelError: plate '...' around site '...' has size ... in this run of the model, and had": resized,
+    "ModelError: the support of site '...' has bounds ... in this run of the model, ... in another": lambda: run(
+        detached_bounds
+    ),
     "ModelError: the log joint of the model is ... and then ... at one and the same latents": lambda: run(noisy),
     "ModelError: the guide was set up for ... global elements and ... in each unit": lambda: second_call(
         [Z], [Z, True]
