@@ -45,7 +45,10 @@ def _index_put(to: Tensor, indices: list[Tensor | None], values: Tensor, accumul
     mask = indices[0]
     if len(indices) == 1 and mask is not None and mask.dtype == torch.bool and values.dim() == 0 and not accumulate:
         return torch.where(mask.reshape(mask.shape + (1,) * (to.dim() - mask.dim())), values.to(to), to)
-    return torch.index_put(to, indices, values, accumulate)
+    found: Tensor = _aten.index_put.default(
+        to, indices, values, accumulate
+    )  # that of Python takes no None, for a colon
+    return found
 
 
 # What torch cannot differentiate, cannot map (slices without an end), or does only in the memory layout that it was in

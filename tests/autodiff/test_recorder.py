@@ -33,6 +33,12 @@ def written_rows(t, y):
     return table
 
 
+def written_columns(t, y):
+    table = torch.zeros(3, 4, dtype=t.dtype)
+    table[:, torch.tensor([0, 2])] = y  # a colon among the indices
+    return table
+
+
 def written_mask(t, y):
     a = t.clone()
     a[~SEEN] = 0.0
@@ -117,6 +123,7 @@ IDIOMS = {
     "diag_embed": lambda t, y: y.diag_embed(),
     "outer": lambda t, y: torch.outer(t, t).tril(),
     "a slice that is written": written_slice,
+    "columns that are written": written_columns,
     "rows that are written": written_rows,
     "a mask that is written": written_mask,
     "a mask of latents that is written": written_where_latents_say,
