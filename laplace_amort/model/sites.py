@@ -203,13 +203,16 @@ def transform_of(node: Any) -> Transform:
 
 
 def _with_finite_bounds(support: Any) -> Any:
-    """A support without its infinite bounds, as ``GeneralizedPareto`` has: torch would stretch a sigmoid over them."""
+    """A support without infinite bounds that are Python's numbers: torch would stretch a sigmoid over them.
+
+    Tensors are not looked at: they may depend on latents, and a run that looks at those cannot be recorded.
+    """
     if isinstance(support, constraints.independent):
         base = _with_finite_bounds(support.base_constraint)
         return constraints.independent(base, support.reinterpreted_batch_ndims)
     if type(support) is not type(constraints.unit_interval):
         return support
-    below, above = (torch.as_tensor(bound).isinf().all() for bound in (support.lower_bound, support.upper_bound))
+    below, above = (isinstance(b, float) and math.isinf(b) for b in (support.lower_bound, support.upper_bound))
     if below:
         return constraints.real if above else constraints.less_than(support.upper_bound)
     return constraints.greater_than(support.lower_bound) if above else support
