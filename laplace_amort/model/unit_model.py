@@ -53,30 +53,23 @@ class UnitModel:
     def recorded(self, global_: Tensor, local: Tensor) -> UnitModel:
         """Return the same model as a recording of its tensor operations, for many evaluations with the same data.
 
-        The terms are what is recorded, by three runs of the model; their sum is recorded from these.
+        The terms are what is recorded, by three runs of the model; their sum follows from these.
 
         :param Tensor global_: where to record, ``(d,)``.
         :param Tensor local: ``(N, k)``.
         :raises RecordingError: if it cannot be recorded; see :func:`~laplace_amort.autodiff.recording.record`.
         """
-        other = copy.copy(self)
-        other._recorded_terms = self._record_terms(global_, local)
-        other.recording = record(other._sum_of_terms, global_, local)
-        return other
-
-    def _record_terms(self, global_: Tensor, local: Tensor) -> Callable[[Tensor, Tensor], list[Terms]]:
-        found: list[Terms] = []
+        other, found = copy.copy(self), list[Terms]()
 
         def joined(global_: Tensor, local: Tensor) -> Tensor:
             found[:] = self.flat_terms(global_, local)
             return torch.cat([terms.values for terms in found])
 
-        parts = record(joined, global_, local).parts()
-        return functools.partial(_named, [(terms.name, terms.inside) for terms in found], parts)
-
-    def _sum_of_terms(self, global_: Tensor, local: Tensor) -> Tensor:
-        total, *others = (terms.values.sum() for terms in self.flat_terms(global_, local))
-        return sum(others, total)
+        recording = record(joined, global_, local)
+        kinds = [(terms.name, terms.inside) for terms in found]
+        other._recorded_terms = functools.partial(_named, kinds, recording.parts())
+        other.recording = recording.sum_of_parts()
+        return other
 
     @property
     def subsamples(self) -> list[SubsampledPlate]:
