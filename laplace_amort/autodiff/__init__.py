@@ -1,6 +1,7 @@
 """Functions of globals and units, and their derivatives: two paths, information, recordings."""
 
 from laplace_amort.autodiff.batching import Gradients, SeparableDensity, at_points, values_and_gradients
+from laplace_amort.autodiff.constants import state_of
 from laplace_amort.autodiff.derivatives import differentiate, refuse_without_autograd, reverse_passes
 from laplace_amort.autodiff.graph import ancestors_of
 from laplace_amort.autodiff.information import (
@@ -45,6 +46,7 @@ __all__ = [
     "record",
     "refuse_without_autograd",
     "reverse_passes",
+    "state_of",
     "subsample_information",
     "values_and_gradients",
 ]

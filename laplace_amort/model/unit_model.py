@@ -12,12 +12,15 @@ import torch
 from torch import Tensor
 
 from laplace_amort.autodiff import Recording, record
-from laplace_amort.errors import ModelError
+from laplace_amort.errors import ModelError, RecordingError
 from laplace_amort.model.handlers import SubsampledPlate
 from laplace_amort.model.layout import UnitLayout, find_layout
 from laplace_amort.model.log_joint import LogJoint
 
-__all__ = ["Terms", "UnitModel", "UnitModels"]
+__all__ = ["Terms", "UnitModel", "UnitModels", "all_plates"]
+
+# Terms that are compared may differ by this power of the rounding error.
+_SHARE = 0.6
 
 
 class Terms(NamedTuple):
@@ -70,6 +73,23 @@ class UnitModel:
         other._recorded_terms = functools.partial(_named, kinds, recording.parts())
         other.recording = recording.sum_of_parts()
         return other
+
+    def compare(self, global_: Tensor, local: Tensor) -> None:
+        """Compare the terms that are recorded with those of the model now, at one point, by their values.
+
+        :param Tensor global_: ``(d,)``.
+        :param Tensor local: ``(N, k)``.
+        :raises RecordingError: if they differ by more than rounding errors.
+        """
+        recorded, live = self.flat_terms(global_, local), self.live().flat_terms(global_, local)
+        if [terms[:2] for terms in recorded] != [terms[:2] for terms in live]:
+            raise RecordingError("the sites of the model are not those that were recorded")
+        for one, other in zip(recorded, live, strict=True):
+            if not _same(one.values, other.values, global_.dtype):
+                raise RecordingError(
+                    f"the terms of site '{one.name}' are not what was recorded. Does the model use a number that changes "
+                    "from call to call, NumPy, or random numbers?"
+                )
 
     @property
     def subsamples(self) -> list[SubsampledPlate]:
@@ -199,6 +219,16 @@ class UnitModel:
             )
 
 
+def _same(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
+    """Whether terms are the same but for rounding errors, or are both no numbers."""
+    if one.shape != other.shape:
+        return False
+    rounding = max(torch.finfo(kind).eps for kind in (dtype, one.dtype)) ** _SHARE
+    finite = other[other.isfinite()]
+    size = 1 + finite.abs().max() if len(finite) else 1
+    return bool((((one - other).abs() <= rounding * size) | ~(one.isfinite() | other.isfinite())).all())
+
+
 def _named(
     kinds: list[tuple[str, bool]],
     parts: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
@@ -237,7 +267,7 @@ class UnitModels:
         :return: the model of this call, and all its plates by name.
         """
         density = self._find(args, kwargs, {name: plate.indices for name, plate in chosen.items()})
-        plates = _all_plates(density, chosen)
+        plates = all_plates(density, chosen)
         density = density.with_indices(**{name: plate.indices for name, plate in plates.items()})
         layout = find_layout(density.sites, self.unit_plate)
         return UnitModel(density, layout, plates[layout.frame.name].indices), plates
@@ -253,7 +283,7 @@ class UnitModels:
         return density.with_supports() if self._has_bounds else density
 
 
-def _all_plates(density: LogJoint, chosen: Mapping[str, Any]) -> dict[str, Any]:
+def all_plates(density: LogJoint, chosen: Mapping[str, Any]) -> dict[str, Any]:
     """The plates of the model: those chosen, those it subsamples, and those around its latents."""
     plates = dict(chosen)
     for plate in density.subsampled_plates:
