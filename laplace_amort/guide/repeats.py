@@ -7,7 +7,6 @@ seen.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -88,12 +87,13 @@ class Repeats:
         try:
             with torch.random.fork_rng(devices=[]):
                 recorded = unit_model.recorded(loc, local)
-                self._parameters = {name: _in_store(name) for name in unit_model.density.parameters()}
         except Exception as error:  # of any kind: a model that runs is not to fail because it cannot be recorded
             self.not_recorded = str(error)
             self._patience *= 4  # it may have been the place
             return
         self._recorded, self.not_recorded = recorded, ""
+        read = {id(leaf) for leaf in recorded.recorded_leaves()}
+        self._parameters = {name: leaf for name, leaf in _store().items() if id(leaf) in read}
 
     def _compare(self, recorded: UnitModel, loc: Tensor, local: Tensor) -> None:
         """Compare the recording with the model; where they differ, do without for good."""
@@ -108,7 +108,7 @@ class Repeats:
         """Whether tensors that the recording was made of, and parameters that it reads, are those of now."""
         if self._recorded is None or self._recorded.recording is None:
             return True
-        same = all(_in_store(name) is leaf for name, leaf in self._parameters.items())
+        same = all(_store().get(name) is leaf for name, leaf in self._parameters.items())
         return same and all(seen.unchanged for seen in self._recorded.recording.constants)
 
 
@@ -117,8 +117,7 @@ def _is_due(uses: int) -> bool:
     return uses % _EVERY == 0 or (uses < _EVERY and uses & (uses - 1) == 0)
 
 
-def _in_store(name: str) -> Any:
-    """The parameter of a name that Pyro keeps; None where it is kept elsewhere."""
-    with contextlib.suppress(KeyError):
-        return pyro.get_param_store()._params[name]
-    return None
+def _store() -> dict[str, Tensor]:
+    """The leaves of the parameters that Pyro keeps, by name."""
+    leaves: dict[str, Tensor] = pyro.get_param_store()._params
+    return leaves

@@ -74,6 +74,11 @@ class UnitModel:
         other.recording = recording.sum_of_parts()
         return other
 
+    def recorded_leaves(self) -> list[Tensor]:
+        """Return the parameters that a recording reads: none, where the model is not recorded."""
+        held = {} if self.recording is None else self.recording.operations.constants
+        return [tensor for tensor in held.values() if tensor.requires_grad]
+
     def compare(self, global_: Tensor, local: Tensor) -> None:
         """Compare the terms that are recorded with those of the model now, at one point, by their values.
 
