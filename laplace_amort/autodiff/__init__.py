@@ -17,6 +17,7 @@ from laplace_amort.autodiff.information import (
 from laplace_amort.autodiff.path_checks import check_paths
 from laplace_amort.autodiff.paths import CURVATURE, DualPath, DualPathParam, dual_path, is_dual_edge
 from laplace_amort.autodiff.points import fixed_normal, nearby
+from laplace_amort.autodiff.recorded_information import record_information
 from laplace_amort.autodiff.recording import Recording, record
 from laplace_amort.autodiff.structure import check_structure
 
@@ -44,6 +45,7 @@ __all__ = [
     "nearby",
     "observed_information",
     "record",
+    "record_information",
     "refuse_without_autograd",
     "reverse_passes",
     "state_of",

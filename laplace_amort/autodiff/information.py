@@ -34,6 +34,7 @@ from laplace_amort.autodiff.derivatives import (
     log_joint_at,
     reverse_passes,
 )
+from laplace_amort.autodiff.recording import Recording
 from laplace_amort.errors import NotPositiveDefiniteError
 from laplace_amort.types import Density
 
@@ -206,7 +207,17 @@ def arrowhead_information(log_joint: Density, global_: Tensor, local: Tensor) ->
         >>> head.item(), border.flatten().tolist(), tail.flatten().tolist()
         (5.0, [-2.0, -2.0], [2.0, 2.0])
     """
+    if isinstance(log_joint, Recording) and log_joint.information is not None:
+        check_values(ARGUMENTS, (global_, local))
+        blocks = log_joint.information.blocks(global_, local)
+        if all(_is_finite(block) for block in blocks):
+            return blocks
     return first_derivatives(log_joint, global_, local).blocks()
+
+
+def _is_finite(block: Tensor) -> bool:
+    """Whether a block is finite, its sum included."""
+    return bool(block.detach().sum().isfinite())
 
 
 def local_information(log_joint: Density, global_: Tensor, local: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ while recording, what is computed twice is kept once, and :mod:`~laplace_amort.a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
@@ -19,6 +19,9 @@ from laplace_amort.autodiff.points import nearby
 from laplace_amort.autodiff.recorder import InPlaceError, Recorder, nan_unless
 from laplace_amort.errors import LaplaceAmortError, RecordingError
 from laplace_amort.types import Density
+
+if TYPE_CHECKING:
+    from laplace_amort.autodiff.recorded_information import RecordedInformation
 
 __all__ = ["Recording", "record"]
 
@@ -40,7 +43,12 @@ class Recording:
     :param Operations operations: what is carried out.
     :param int num_bytes: memory that the results of all operations of one evaluation take.
     :param constants: tensors that were there before, and are constants of the recording or went into these.
+
+    Attribute: ``information``, a recording of its derivatives, where there is one; see
+    :func:`~laplace_amort.autodiff.recorded_information.record_information`.
     """
+
+    information: RecordedInformation | None = None
 
     def __init__(self, operations: Operations, num_bytes: int, constants: Sequence[Seen] = ()) -> None:
         self.operations, self.num_bytes, self.constants = operations, num_bytes, constants

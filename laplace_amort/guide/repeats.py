@@ -7,6 +7,7 @@ seen.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,7 +15,8 @@ import pyro
 import torch
 from torch import Tensor
 
-from laplace_amort.errors import LaplaceAmortError
+from laplace_amort.autodiff import record_information
+from laplace_amort.errors import LaplaceAmortError, RecordingError
 from laplace_amort.model import Fingerprint, UnitModel
 
 __all__ = ["Repeats"]
@@ -91,6 +93,9 @@ class Repeats:
             self.not_recorded = str(error)
             self._patience *= 4  # it may have been the place
             return
+        if recorded.recording is not None:
+            with contextlib.suppress(RecordingError):  # passes back do the same
+                recorded.recording.information = record_information(recorded.recording, loc, local)
         self._recorded, self.not_recorded = recorded, ""
         read = {id(leaf) for leaf in recorded.recorded_leaves()}
         self._parameters = {name: leaf for name, leaf in _store().items() if id(leaf) in read}

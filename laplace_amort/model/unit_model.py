@@ -16,6 +16,7 @@ from laplace_amort.errors import ModelError, RecordingError
 from laplace_amort.model.handlers import SubsampledPlate
 from laplace_amort.model.layout import UnitLayout, find_layout
 from laplace_amort.model.log_joint import LogJoint
+from laplace_amort.types import Density
 
 __all__ = ["Terms", "UnitModel", "UnitModels", "all_plates"]
 
@@ -130,10 +131,12 @@ class UnitModel:
         """Keyword arguments of the model."""
         return self.density.kwargs
 
-    def log_joint(self, global_: Tensor, local: Tensor) -> Tensor:
-        """Evaluate the log joint in unconstrained space, a scalar; arguments that overflow give NaN, not an error."""
-        if self.recording is not None:
-            return self.recording(global_, local)
+    @property
+    def log_joint(self) -> Density:
+        """The log joint in unconstrained space, a scalar; arguments that overflow give NaN, not an error."""
+        return self._run if self.recording is None else self.recording
+
+    def _run(self, global_: Tensor, local: Tensor) -> Tensor:
         # A trial point of a mode search may overflow in one unit; that unit alone is to step back.
         with pyro.validation_enabled(False):
             return self.density.evaluate(self.layout.to_sites(global_, local))

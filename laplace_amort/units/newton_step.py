@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from laplace_amort.autodiff import differentiate, local_curvature
+from laplace_amort.autodiff import Recording, differentiate, local_curvature
 from laplace_amort.linalg import Repair, blocks
 from laplace_amort.types import Density
 
-__all__ = ["NewtonPoint", "evaluate", "newton_point"]
+__all__ = ["NewtonPoint", "attached_gradient", "evaluate", "newton_point"]
 
 # A pivot of less than this many rounding errors means nothing.
 _PIVOT = 64
@@ -23,15 +23,31 @@ def evaluate(log_joint: Density, global_: Tensor, local: Tensor) -> tuple[Tensor
     :param log_joint: a function of both tensors that returns a scalar.
     :param Tensor global_: ``(d,)``.
     :param Tensor local: ``(N, k)``, taken as a constant.
-    :return: the gradient ``(N, k)``, attached to the globals and to all else that ``log_joint`` depends on, and the
-        tails ``(N, k, k)``, without a graph.
+    :return: the gradient ``(N, k)``, attached to the globals and to all else that ``log_joint`` depends on, unless its
+        derivatives are recorded; and the tails ``(N, k, k)``, without a graph.
     """
+    if isinstance(log_joint, Recording) and log_joint.information is not None:
+        with torch.no_grad():
+            return log_joint.information.look(global_, local)
     with torch.enable_grad():
         y = local.detach().requires_grad_()
         (found,) = differentiate(log_joint(global_, y), [y], ["argument 'local'"], "first")
     gradient = torch.zeros_like(y) if found is None else found
     with torch.no_grad():
         return gradient, local_curvature(gradient, y)
+
+
+def attached_gradient(log_joint: Density, global_: Tensor, local: Tensor, gradient: Tensor) -> Tensor:
+    """Return a gradient that :func:`evaluate` returned, attached in any case.
+
+    :param log_joint: a function of both tensors that returns a scalar.
+    :param Tensor global_: ``(d,)``.
+    :param Tensor local: ``(N, k)``, taken as a constant.
+    :param Tensor gradient: there, ``(N, k)``.
+    """
+    if isinstance(log_joint, Recording) and log_joint.information is not None:
+        return log_joint.information.gradient(global_, local.detach())
+    return gradient
 
 
 class NewtonPoint(NamedTuple):
