@@ -210,14 +210,14 @@ def arrowhead_information(log_joint: Density, global_: Tensor, local: Tensor) ->
     if isinstance(log_joint, Recording) and log_joint.information is not None:
         check_values(ARGUMENTS, (global_, local))
         blocks = log_joint.information.blocks(global_, local)
-        if all(_is_finite(block) for block in blocks):
+        if _are_finite(blocks):
             return blocks
     return first_derivatives(log_joint, global_, local).blocks()
 
 
-def _is_finite(block: Tensor) -> bool:
-    """Whether a block is finite, its sum included."""
-    return bool(block.detach().sum().isfinite())
+def _are_finite(blocks: ArrowheadBlocks) -> bool:
+    """Whether all is finite, its sum included."""
+    return bool(sum(block.detach().sum() for block in blocks).isfinite())
 
 
 def local_information(log_joint: Density, global_: Tensor, local: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,8 +1,9 @@
 r"""Algebra on recorded operations: the same function, in fewer and smaller operations.
 
 A density is written for any parameters, and what a model passes is often simpler: an exponential as a rate, or one
-scale for all units. Derivatives of third and fourth order pay for that many times over. Three things are changed:
+scale for all units. Derivatives of third and fourth order pay for that many times over. Four things are changed:
 
+- what gives a tensor the shape that it has, or another shape for the next to change again, is left out;
 - a tensor that was expanded is used unexpanded by all that works element by element, and expanded after it if need be;
 - :math:`z \log e^x = z x`, :math:`x^2 = x \cdot x`, a division of many numbers by few is a multiplication by their
   reciprocals, and what adds zero or multiplies by one does nothing;
@@ -44,6 +45,7 @@ _POINTWISE = {getattr(_aten, name).default for name in _UNARY} | {
 _NEUTRAL = {_aten.add.Tensor: 0, _aten.sub.Tensor: 0, _aten.mul.Tensor: 1, _aten.div.Tensor: 1}
 # What does nothing to the numbers themselves.
 _SAME = {_aten.alias.default, _aten.lift_fresh_copy.default, _aten.expand.default}
+_RESHAPE = _aten.reshape.default
 
 
 class _Value(NamedTuple):
@@ -78,12 +80,14 @@ class _Simplifier:
 
     def take(self, old: fx.Node) -> None:
         """Put an old node into the new graph."""
-        if old.op == "call_function" and old.target in _SAME:
+        if old.op == "call_function" and (old.target in _SAME or _is_idle(old)):
             self.values[old] = self._of(old.args[0])._replace(old=old)
         elif old.op == "call_function" and old.target in _POINTWISE and self._is_uniform(old):
             self.values[old] = self._pointwise(old)
         else:
             node = self.graph.node_copy(old, self._expanded)
+            if node.target is _RESHAPE and node.args[0].target is _RESHAPE:
+                node.args = (node.args[0].args[0], node.args[1])
             shape = old.meta.get("shape", torch.Size())
             self.weigh(node, old, shape)
             self.values[old] = _Value(node, shape, old)
@@ -125,6 +129,16 @@ class _Simplifier:
         is_view = node.op != "call_function" or _is_view(node.target)
         itemsize = getattr(old.meta.get("dtype"), "itemsize", 0)
         node.meta.update(bytes=0 if is_view else shape.numel() * itemsize, dtype=old.meta.get("dtype"))
+
+
+def _is_idle(old: fx.Node) -> bool:
+    """Whether an operation gives its argument the shape that it has, or the order of axes."""
+    if old.target is _aten.permute.default:
+        axes: Any = old.args[1]
+        return list(axes) == list(range(len(axes)))
+    argument = old.args[0] if old.args else None
+    same_shape = isinstance(argument, fx.Node) and argument.meta.get("shape") == old.meta.get("shape")
+    return old.target is _RESHAPE and same_shape
 
 
 def _smooth_kink(x: Tensor) -> Tensor:

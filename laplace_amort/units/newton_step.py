@@ -87,6 +87,8 @@ def newton_point(local: Tensor, gradient: Tensor, tail: Tensor, repair: Repair) 
         >>> point.step, point.decrement
         (tensor([[1.]]), tensor([2.]))
     """
+    if tail.shape[-1] == 1 and (scalars := _of_scalars(local, gradient, tail)) is not None:
+        return scalars
     finite = _finite(gradient, tail)
     if not finite.all():
         identity = torch.eye(tail.shape[-1], dtype=tail.dtype, device=tail.device)
@@ -100,6 +102,20 @@ def newton_point(local: Tensor, gradient: Tensor, tail: Tensor, repair: Repair) 
     step = blocks.cholesky_solve(gradient.unsqueeze(-1), factor).squeeze(-1)
     decrement = (gradient * step).sum(-1).clamp_(min=0).sqrt_().masked_fill_(~finite, torch.inf)
     return NewtonPoint(local, gradient, tail, step, factor, decrement, finite & ~failed)
+
+
+def _of_scalars(local: Tensor, gradient: Tensor, tail: Tensor) -> NewtonPoint | None:
+    """The step where each unit is one number, and all are in order: the usual case of these, in a few operations."""
+    if not tail.numel():
+        return None
+    low, high = map(float, torch.aminmax(tail))
+    if not 0 < low <= high < torch.finfo(tail.dtype).max ** 0.5:
+        return None
+    step = gradient / tail.squeeze(-1)
+    decrement = (gradient * step).squeeze(-1).sqrt_()
+    if not float(decrement.max()) < torch.inf:
+        return None
+    return NewtonPoint(local, gradient, tail, step, tail.sqrt(), decrement, torch.ones_like(decrement, dtype=torch.bool))
 
 
 def _finite(gradient: Tensor, tail: Tensor) -> Tensor:
