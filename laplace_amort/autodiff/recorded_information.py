@@ -23,6 +23,8 @@ __all__ = ["RecordedInformation", "record_information"]
 
 _aten: Any = torch.ops.aten
 
+# Of these nothing but the shape of an argument counts.
+_OF_SHAPE = (_aten.ones_like.default, _aten.zeros_like.default, _aten.full_like.default)
 # Passes at most, of which each adds its operations to the recording.
 _PASSES = 12
 # As in other recordings: where it is compared, and how much it may be off.
@@ -95,7 +97,22 @@ class _DerivativeRecorder(Recorder):
             result = func(*args)
             self._name(result, self._node_of(args[0]))
             return result
+        if func in _OF_SHAPE:
+            result = func(*args, **(kwargs or {}))
+            self._make(result)
+            return result
         return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def _read(self, constant: Tensor) -> fx.Node:
+        """Read a constant whose elements are all the same, such as a seed, as one number."""
+        if constant.requires_grad or not constant.numel() or not constant.is_floating_point():
+            return super()._read(constant)
+        first = constant.detach().reshape(-1)[0]
+        if not bool((constant == first).all()):
+            return super()._read(constant)
+        node = super()._read(first.clone())
+        node.meta.update(uniform=float(first))
+        return node
 
 
 class _Interpreter(fx.Interpreter):
@@ -117,7 +134,7 @@ class _Interpreter(fx.Interpreter):
 def _derivatives(log_joint: _Interpreter, global_: Tensor, local: Tensor) -> Tensor:
     """Gradient in the units, tails, head and border, each flat, one after the other."""
     with torch.enable_grad():
-        theta, y = global_.clone().requires_grad_(), local.clone().requires_grad_()
+        theta, y = global_.detach().requires_grad_(), local.detach().requires_grad_()
         in_global, in_local = _pulled(log_joint.run(theta, y), None, theta, y)
         heads, borders = zip(*(_pulled(in_global, seed, theta, y) for seed in _seeds(theta)), strict=True)
         # The same seed for every unit.

@@ -88,8 +88,7 @@ class Recorder(TorchDispatchMode):
             for part in parts:
                 self._find(part)
             result = func(*args, **kwargs)
-            made = [part for part in tree_leaves(result) if isinstance(part, Tensor)]
-            self.constants_made.update((id(part), weakref.ref(part)) for part in made)
+            self._make(result)
             return result
         if func._schema.is_mutable:
             return self._write(func, args, kwargs)
@@ -152,6 +151,17 @@ class Recorder(TorchDispatchMode):
         known = id(part) in self.nodes and id(part) not in self.constants
         return isinstance(part, Tensor) and (known or part.requires_grad)
 
+    def _make(self, result: Any) -> None:
+        """Note constants that were made in the run."""
+        made = [part for part in tree_leaves(result) if isinstance(part, Tensor)]
+        self.constants_made.update((id(part), weakref.ref(part)) for part in made)
+
+    def _read(self, constant: Tensor) -> fx.Node:
+        """A node that reads a constant or a parameter."""
+        name = f"_constant{len(self.root)}"
+        self.root[name] = constant
+        return self.graph.get_attr(name)
+
     def _find(self, constant: Tensor) -> None:
         """Note a constant that was there before, as it is when it is met first."""
         made, found = self.constants_made.get(id(constant)), self.constants_found.get(id(constant))
@@ -163,9 +173,7 @@ class Recorder(TorchDispatchMode):
         if id(tensor) not in self.nodes:
             if not tensor.requires_grad:
                 self._find(tensor)
-            name = f"_constant{len(self.kept)}"
-            self.root[name] = tensor
-            self._name(tensor, self.graph.get_attr(name))
+            self._name(tensor, self._read(tensor))
             if not tensor.requires_grad:
                 self.constants.add(id(tensor))
         return self.nodes[id(tensor)]
