@@ -91,7 +91,9 @@ class _Writer:
             if node.op == "call_function":
                 call = f"{self._given(_QUICKER.get(node.target, node.target))}({self._arguments(node)})"
                 lines.append(f"    {self._name(node)} = {call}")
-                done = [self.names[used] for used in node.all_input_nodes if last[used] is node and used.op != "get_attr"]
+                done = [
+                    self.names[used] for used in node.all_input_nodes if last[used] is node and used.op != "get_attr"
+                ]
                 lines += [f"    del {', '.join(done)}"] if done else []
             elif node.op == "get_attr":
                 self.names[node] = self._given(self.constants[node.target])

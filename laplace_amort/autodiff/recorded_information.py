@@ -176,7 +176,7 @@ def _check(found: RecordedInformation, recording: Recording, global_: Tensor, lo
         with torch.enable_grad():
             parts = made(*at)
             # A weighted sum, so that its gradient is of each.
-            total = sum((part * fixed_normal(part, 3)).sum() for part in parts)
+            total = torch.stack([(part * fixed_normal(part, 3)).sum() for part in parts]).sum()
             slopes = torch.autograd.grad(total, at, allow_unused=True, materialize_grads=True)
         results.append([part.detach() for part in (*parts, *slopes)])
     for one, other in zip(*results, strict=True):

@@ -8,7 +8,7 @@ while recording, what is computed twice is kept once, and :mod:`~laplace_amort.a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
@@ -20,9 +20,6 @@ from laplace_amort.autodiff.recorder import InPlaceError, Recorder, nan_unless
 from laplace_amort.errors import LaplaceAmortError, RecordingError
 from laplace_amort.types import Density
 
-if TYPE_CHECKING:
-    from laplace_amort.autodiff.recorded_information import RecordedInformation
-
 __all__ = ["Recording", "record"]
 
 _aten: Any = torch.ops.aten
@@ -32,6 +29,19 @@ _aten: Any = torch.ops.aten
 _SHARE = 0.6
 # Points at which a recording is compared with what it was recorded from: shares of a normal deviate from where it was.
 _COMPARED = (0.05, 0.5)
+
+
+class DerivativesOf(Protocol):
+    """What gives the derivatives of a log joint without passes back."""
+
+    def gradient(self, global_: Tensor, local: Tensor) -> Tensor:
+        """Return the gradient in the units, ``(N, k)``."""
+
+    def look(self, global_: Tensor, local: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the gradient in the units ``(N, k)`` and the tails ``(N, k, k)``."""
+
+    def blocks(self, global_: Tensor, local: Tensor) -> Any:
+        """Return the blocks of the information, which may be NaN or infinite."""
 
 
 class Recording:
@@ -48,7 +58,7 @@ class Recording:
     :func:`~laplace_amort.autodiff.recorded_information.record_information`.
     """
 
-    information: RecordedInformation | None = None
+    information: DerivativesOf | None = None
 
     def __init__(self, operations: Operations, num_bytes: int, constants: Sequence[Seen] = ()) -> None:
         self.operations, self.num_bytes, self.constants = operations, num_bytes, constants

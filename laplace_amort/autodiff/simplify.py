@@ -84,9 +84,9 @@ class _Simplifier:
 
     def take(self, old: fx.Node) -> None:
         """Put an old node into the new graph."""
-        if old.op == "call_function" and (old.target in _SAME or _is_idle(old)):
-            self.values[old] = self._of(old.args[0])._replace(old=old)
-        elif old.op == "call_function" and old.target in _OF_ZEROS and self._number(old.args[0]) == 0:
+        if (old.op == "call_function" and (old.target in _SAME or _is_idle(old))) or (
+            old.op == "call_function" and old.target in _OF_ZEROS and self._number(old.args[0]) == 0
+        ):
             self.values[old] = self._of(old.args[0])._replace(old=old)
         elif "uniform" in old.meta:  # read as one number, whatever its shape
             self.values[old] = _Value(self.graph.node_copy(old), torch.Size(), old)
@@ -94,8 +94,9 @@ class _Simplifier:
             self.values[old] = self._pointwise(old)
         else:
             node = self.graph.node_copy(old, self._expanded)
-            if node.target is _RESHAPE and node.args[0].target is _RESHAPE:
-                node.args = (node.args[0].args[0], node.args[1])
+            first: Any = node.args[0] if node.args else None
+            if node.target is _RESHAPE and first.target is _RESHAPE:
+                node.args = (first.args[0], node.args[1])
             shape = old.meta.get("shape", torch.Size())
             self.weigh(node, old, shape)
             self.values[old] = _Value(node, shape, old)

@@ -200,7 +200,12 @@ class AutoLaplaceFamily(AutoGuide):
 
     def _model_of_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> UnitModel:
         """Like :meth:`_unit_model`, but recorded once calls repeat each other, where all plates are whole."""
-        if self._unit_models is None or self.create_plates is not None or self.master is not None:
+        if (
+            self._unit_models is None
+            or self.layout is None
+            or self.create_plates is not None
+            or self.master is not None
+        ):
             return self._unit_model(args, kwargs)
         loc: Any = self.loc
         loc = loc.detach()

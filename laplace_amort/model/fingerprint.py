@@ -115,7 +115,8 @@ class Fingerprint:
         self._entered.add(id(value))
         if isinstance(value, types.MethodType):  # another object whenever it is asked for
             self.seen += [id(value.__func__), id(value.__self__)]
-            return self._code(value.__func__, value.__self__)
+            self._code(value.__func__, value.__self__)
+            return
         self.seen.append(id(value))
         if isinstance(value, types.FunctionType):
             self._code(value, None)
@@ -136,7 +137,7 @@ class Fingerprint:
             if isinstance(called, types.FunctionType):
                 self._code(called, value)
 
-    def _code(self, function: types.FunctionType, owner: Any) -> None:
+    def _code(self, function: Any, owner: Any) -> None:
         """Look at what the code of a function names."""
         if function.__module__ and function.__module__.partition(".")[0] in _LIBRARIES:
             return

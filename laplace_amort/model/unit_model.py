@@ -93,8 +93,8 @@ class UnitModel:
         for one, other in zip(recorded, live, strict=True):
             if not _same(one.values, other.values, global_.dtype):
                 raise RecordingError(
-                    f"the terms of site '{one.name}' are not what was recorded. Does the model use a number that changes "
-                    "from call to call, NumPy, or random numbers?"
+                    f"the terms of site '{one.name}' are not what was recorded. Does the model use a number that "
+                    "changes from call to call, NumPy, or random numbers?"
                 )
 
     @property

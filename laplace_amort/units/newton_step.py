@@ -115,7 +115,9 @@ def _of_scalars(local: Tensor, gradient: Tensor, tail: Tensor) -> NewtonPoint | 
     decrement = (gradient * step).squeeze(-1).sqrt_()
     if not float(decrement.max()) < torch.inf:
         return None
-    return NewtonPoint(local, gradient, tail, step, tail.sqrt(), decrement, torch.ones_like(decrement, dtype=torch.bool))
+    return NewtonPoint(
+        local, gradient, tail, step, tail.sqrt(), decrement, torch.ones_like(decrement, dtype=torch.bool)
+    )
 
 
 def _finite(gradient: Tensor, tail: Tensor) -> Tensor:

@@ -79,7 +79,7 @@ def test_information_uses_them_and_refuses_what_is_not_finite():
     recording.information = record_information(recording, T, Y)
     for one, other in zip(arrowhead_information(recording, T, Y), arrowhead_information(poisson, T, Y), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
-    with pytest.raises(InformationError, match="argument 'local' .* is 800|with respect to argument"):
+    with pytest.raises(InformationError, match="with respect to argument"):
         arrowhead_information(recording, T, Y + 800)
     with pytest.raises(InformationError, match="argument 'global_' is nan"):
         arrowhead_information(recording, T * torch.nan, Y)

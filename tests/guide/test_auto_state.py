@@ -14,7 +14,7 @@ from helpers.unit_models import batches as poisson
 from helpers.unit_models import constrained, with_parameter
 from pyro.infer import SVI, Trace_ELBO
 from pyro.nn import PyroModule, PyroParam, PyroSample, pyro_method
-from torch import Tensor, nn
+from torch import Tensor
 
 from laplace_amort import ModeNotFoundError
 from laplace_amort.guide.auto import AutoLaplaceFamily

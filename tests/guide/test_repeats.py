@@ -9,10 +9,10 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from helpers.guides import step
 from pyro.infer.autoguide import AutoGuideList
 from torch import nn
 
-from helpers.guides import step
 from laplace_amort import AutoLaplaceFamily, MarginalCurvature
 from laplace_amort.guide.repeats import _EVERY
 from laplace_amort.model import UnitModel
@@ -107,7 +107,7 @@ def test_the_model_runs_no_more_once_calls_repeat_each_other(model, runs, z):
     guide = repeated(model, z)
     assert is_recorded(guide), guide._repeats.not_recorded
     runs[0], compared = 0, 0
-    for number in range(NUM_CALLS, _EVERY + 5):
+    for _ in range(NUM_CALLS, _EVERY + 5):
         before = runs[0]
         step(model, guide, z)
         compared += runs[0] > before

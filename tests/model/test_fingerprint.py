@@ -45,7 +45,9 @@ def test_the_other_is_another(first, second):
     assert not same(first, second)
 
 
-@pytest.mark.parametrize("argument", [object(), iter([]), numpy.zeros(20_000), [0.0] * 5000, {1, 2}, numpy.array([[]], object)])
+@pytest.mark.parametrize(
+    "argument", [object(), iter([]), numpy.zeros(20_000), [0.0] * 5000, {1, 2}, numpy.array([[]], object)]
+)
 def test_what_may_change_unseen_is_never_the_same(argument):
     assert not same((argument,), (argument,))
 
