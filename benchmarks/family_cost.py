@@ -23,7 +23,6 @@ from pyro.infer.autoguide import AutoNormal
 
 from laplace_amort import AutoLaplaceFamily, JointCurvature, MarginalCurvature
 
-
 _BEFORE = 6  # steps that are not timed: calls that repeat each other are recorded by then
 
 
