@@ -1,6 +1,7 @@
 """Functions of globals and units, and their derivatives: two paths, information, recordings."""
 
 from laplace_amort.autodiff.batching import Gradients, SeparableDensity, at_points, values_and_gradients
+from laplace_amort.autodiff.constants import state_of
 from laplace_amort.autodiff.derivatives import differentiate, refuse_without_autograd, reverse_passes
 from laplace_amort.autodiff.graph import ancestors_of
 from laplace_amort.autodiff.information import (
@@ -16,6 +17,7 @@ from laplace_amort.autodiff.information import (
 from laplace_amort.autodiff.path_checks import check_paths
 from laplace_amort.autodiff.paths import CURVATURE, DualPath, DualPathParam, dual_path, is_dual_edge
 from laplace_amort.autodiff.points import fixed_normal, nearby
+from laplace_amort.autodiff.recorded_information import record_information
 from laplace_amort.autodiff.recording import Recording, record
 from laplace_amort.autodiff.structure import check_structure
 
@@ -43,8 +45,10 @@ __all__ = [
     "nearby",
     "observed_information",
     "record",
+    "record_information",
     "refuse_without_autograd",
     "reverse_passes",
+    "state_of",
     "subsample_information",
     "values_and_gradients",
 ]

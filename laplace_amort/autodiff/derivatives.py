@@ -22,6 +22,7 @@ __all__ = [
     "gradients",
     "independent_copies",
     "log_joint_at",
+    "recorded_at",
     "refuse_without_autograd",
     "reverse_passes",
 ]
@@ -45,9 +46,15 @@ def independent_copies(values: Sequence[Tensor]) -> list[Tensor]:
 
 def log_joint_at(log_joint: Density, copies: Sequence[Tensor], names: Sequence[str]) -> Tensor:
     """Evaluate a log joint, and refuse a result that cannot be differentiated twice."""
+    result = recorded_at(log_joint, copies)
+    _refuse_once_differentiable(result, copies, names)
+    return result
+
+
+def recorded_at(log_joint: Density, copies: Sequence[Tensor]) -> Tensor:
+    """Evaluate a log joint that is made of torch's own operations, which can all be differentiated twice, or fail."""
     result = log_joint(*copies)
     _check_scalar(result)
-    _refuse_once_differentiable(result, copies, names)
     return result
 
 
@@ -172,6 +179,8 @@ def _check_scalar(result: object) -> None:
 
 def check_finite(tensor: Tensor, what: str) -> None:
     """Refuse NaN and infinity, and say where the first is."""
+    if torch.isfinite(tensor.detach().sum()):  # one pass; a sum may overflow where no element does
+        return
     finite = torch.isfinite(tensor)
     if not finite.all():
         index = tuple(int(i) for i in (~finite).nonzero()[0])

@@ -32,8 +32,10 @@ from laplace_amort.autodiff.derivatives import (
     gradients,
     independent_copies,
     log_joint_at,
+    recorded_at,
     reverse_passes,
 )
+from laplace_amort.autodiff.recording import Recording
 from laplace_amort.errors import NotPositiveDefiniteError
 from laplace_amort.types import Density
 
@@ -206,7 +208,17 @@ def arrowhead_information(log_joint: Density, global_: Tensor, local: Tensor) ->
         >>> head.item(), border.flatten().tolist(), tail.flatten().tolist()
         (5.0, [-2.0, -2.0], [2.0, 2.0])
     """
+    if isinstance(log_joint, Recording) and log_joint.information is not None:
+        check_values(ARGUMENTS, (global_, local))
+        blocks: ArrowheadBlocks = log_joint.information.blocks(global_, local)
+        if _are_finite(blocks):
+            return blocks
     return first_derivatives(log_joint, global_, local).blocks()
+
+
+def _are_finite(blocks: ArrowheadBlocks) -> bool:
+    """Whether all is finite, its sum included."""
+    return bool(torch.stack([block.detach().sum() for block in blocks]).isfinite().all())
 
 
 def local_information(log_joint: Density, global_: Tensor, local: Tensor) -> tuple[Tensor, Tensor]:
@@ -305,6 +317,9 @@ def first_derivatives(log_joint: Density, global_: Tensor, local: Tensor) -> Fir
         )
     with torch.enable_grad():
         theta, y = independent_copies((global_, local))
-        value = log_joint_at(log_joint, (theta, y), ARGUMENTS)
+        if isinstance(log_joint, Recording):
+            value = recorded_at(log_joint, (theta, y))
+        else:
+            value = log_joint_at(log_joint, (theta, y), ARGUMENTS)
         in_global, in_local = gradients(value, (theta, y), ARGUMENTS)
     return FirstDerivatives(theta, y, in_global, in_local, value)

@@ -10,10 +10,12 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_any, tree_leaves, tree_map_only
 
+from laplace_amort.autodiff.constants import Seen
+from laplace_amort.autodiff.operations import Operations
 from laplace_amort.autodiff.simplify import simplified
 from laplace_amort.errors import RecordingError
 
@@ -66,12 +68,13 @@ class Recorder(TorchDispatchMode):
 
     def __init__(self, arguments: Sequence[Tensor]) -> None:
         super().__init__()
-        self.graph, self.root = fx.Graph(), nn.Module()
+        self.graph, self.root = fx.Graph(), dict[str, Tensor]()
         self.arguments = [argument.detach().clone() for argument in arguments]
         self.nodes: dict[int, fx.Node] = {}
         self.constants: set[int] = set()
         self.claims: list[fx.Node] = []  # what holds where the model does not raise
-        self.constants_made: list[weakref.ref[Tensor]] = []
+        self.constants_made: dict[int, weakref.ref[Tensor]] = {}
+        self.constants_found: dict[int, Seen] = {}  # that were there before
         self.kept: list[Tensor] = []  # as an id is good only while its tensor lives
         for number, argument in enumerate(self.arguments):
             self._name(argument, self.graph.placeholder(f"argument{number}"))
@@ -83,9 +86,12 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not tree_any(self._is_variable, (args, kwargs)):
+        parts = [part for part in tree_leaves((args, kwargs)) if isinstance(part, Tensor)]
+        if not any(map(self._is_variable, parts)):
+            for part in parts:
+                self._find(part)
             result = func(*args, **kwargs)
-            self.constants_made += [weakref.ref(part) for part in tree_leaves(result) if isinstance(part, Tensor)]
+            self._make(result)
             return result
         if func._schema.is_mutable:
             return self._write(func, args, kwargs)
@@ -121,15 +127,18 @@ class Recorder(TorchDispatchMode):
         Of views of one memory torch's functionalization keeps track.
         """
         written, *others = (part for part in args if isinstance(part, Tensor))
-        made = [tensor for reference in self.constants_made if (tensor := reference()) is not None]
+        made = [tensor for reference in self.constants_made.values() if (tensor := reference()) is not None]
         if written.requires_grad or not any(one is written for one in (*self.kept, *made)):
             return False
         memory = written.untyped_storage()._cdata
         alone = all(one is written or one.untyped_storage()._cdata != memory for one in (*self.kept, *made))
         return alone and all(other.dtype == written.dtype for other in others if other.is_floating_point())
 
-    def finish(self, result: Tensor) -> tuple[fx.GraphModule, int]:
-        """Return what was recorded, for a result that is one of the tensors seen, and the bytes of its results."""
+    def finish(self, result: Tensor) -> tuple[Operations, int, list[Seen]]:
+        """Return what was recorded, for a result that is one of the tensors seen.
+
+        Besides: the bytes of the results of all operations, and the constants that were there before and still are.
+        """
         node = self._node_of(result)
         for claim in self.claims:
             node = self.graph.call_function(nan_unless, (node, claim))
@@ -138,18 +147,36 @@ class Recorder(TorchDispatchMode):
         _merge_equal(self.graph)
         graph, num_bytes = simplified(self.graph)
         _merge_equal(graph)
-        return fx.GraphModule(self.root, graph), num_bytes
+        there = [seen for seen in self.constants_found.values() if seen.reference() is not None]
+        return Operations(self.root, graph), num_bytes, there
 
     def _is_variable(self, part: Any) -> bool:
         known = id(part) in self.nodes and id(part) not in self.constants
         return isinstance(part, Tensor) and (known or part.requires_grad)
 
+    def _make(self, result: Any) -> None:
+        """Note constants that were made in the run."""
+        made = [part for part in tree_leaves(result) if isinstance(part, Tensor)]
+        self.constants_made.update((id(part), weakref.ref(part)) for part in made)
+
+    def _read(self, constant: Tensor) -> fx.Node:
+        """A node that reads a constant or a parameter."""
+        name = f"_constant{len(self.root)}"
+        self.root[name] = constant
+        return self.graph.get_attr(name)
+
+    def _find(self, constant: Tensor) -> None:
+        """Note a constant that was there before, as it is when it is met first."""
+        made, found = self.constants_made.get(id(constant)), self.constants_found.get(id(constant))
+        if not ((made is not None and made() is constant) or (found is not None and found.reference() is constant)):
+            self.constants_found[id(constant)] = Seen.of(constant)
+
     def _node_of(self, tensor: Tensor) -> fx.Node:
         """The node of a tensor; a constant or a parameter has one that reads it."""
         if id(tensor) not in self.nodes:
-            name = f"_constant{len(self.kept)}"
-            self.root.register_buffer(name, tensor, persistent=False)
-            self._name(tensor, self.graph.get_attr(name))
+            if not tensor.requires_grad:
+                self._find(tensor)
+            self._name(tensor, self._read(tensor))
             if not tensor.requires_grad:
                 self.constants.add(id(tensor))
         return self.nodes[id(tensor)]

@@ -7,18 +7,22 @@ while recording, what is computed twice is kept once, and :mod:`~laplace_amort.a
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
 
+from laplace_amort.autodiff.constants import Seen
+from laplace_amort.autodiff.operations import Operations
 from laplace_amort.autodiff.points import nearby
 from laplace_amort.autodiff.recorder import InPlaceError, Recorder, nan_unless
 from laplace_amort.errors import LaplaceAmortError, RecordingError
 from laplace_amort.types import Density
 
 __all__ = ["Recording", "record"]
+
+_aten: Any = torch.ops.aten
 
 
 # Value and gradients may differ by this power of the rounding error: sums in another order, but no other function.
@@ -27,49 +31,89 @@ _SHARE = 0.6
 _COMPARED = (0.05, 0.5)
 
 
+class DerivativesOf(Protocol):
+    """What gives the derivatives of a log joint without passes back."""
+
+    def gradient(self, global_: Tensor, local: Tensor) -> Tensor:
+        """Return the gradient in the units, ``(N, k)``."""
+
+    def look(self, global_: Tensor, local: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the gradient in the units ``(N, k)`` and the tails ``(N, k, k)``."""
+
+    def blocks(self, global_: Tensor, local: Tensor) -> Any:
+        """Return the blocks of the information, which may be NaN or infinite."""
+
+
 class Recording:
     """What :func:`record` returns; called like the log joint that it was recorded from.
 
     Differentiable to any order, also in parameters of the model, whose values at the time of a call count. It holds no
     Python that could branch, so ``torch.func.vmap`` maps over it.
 
-    :param fx.GraphModule graph: the operations.
+    :param Operations operations: what is carried out.
     :param int num_bytes: memory that the results of all operations of one evaluation take.
+    :param constants: tensors that were there before, and are constants of the recording or went into these.
+
+    Attribute: ``information``, a recording of its derivatives, where there is one; see
+    :func:`~laplace_amort.autodiff.recorded_information.record_information`.
     """
 
-    def __init__(self, graph: fx.GraphModule, num_bytes: int) -> None:
-        self.graph, self.num_bytes = graph, num_bytes
-        self._forward: Any = graph.forward
+    information: DerivativesOf | None = None
+
+    def __init__(self, operations: Operations, num_bytes: int, constants: Sequence[Seen] = ()) -> None:
+        self.operations, self.num_bytes, self.constants = operations, num_bytes, constants
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what was seen of tensors of this process."""
+        return {**self.__dict__, "constants": ()}
 
     def __call__(self, global_: Tensor, local: Tensor) -> Tensor:
         """Evaluate at globals ``(d,)`` and units ``(N, k)``; returns a scalar, or what else was recorded."""
-        result: Tensor = self._forward(global_, local)
+        result: Tensor = self.operations.function(global_, local)
         return result
 
     def __len__(self) -> int:
         """The number of operations."""
-        return sum(node.op == "call_function" for node in self.graph.graph.nodes)
+        return len(self.operations)
 
-    def parts(self) -> Callable[[Tensor, Tensor], tuple[Tensor, ...]]:
+    def parts(self) -> Operations:
         """Return the function whose results are what ``torch.cat`` joined last, without a copy of them.
 
         :raises RecordingError: if what was recorded is no concatenation.
         """
+        graph, parts = self._with_parts()
+        graph.output(tuple(parts))
+        graph.eliminate_dead_code()
+        return Operations(self.operations.constants, graph)
+
+    def sum_of_parts(self) -> Recording:
+        """Return the recording of the sum of all that ``torch.cat`` joined last, without a copy of it.
+
+        :raises RecordingError: if what was recorded is no concatenation.
+        """
+        graph, parts = self._with_parts()
+        total, *others = [graph.call_function(_aten.sum.default, (part,)) for part in parts]
+        for other in others:
+            total = graph.call_function(_aten.add.Tensor, (total, other))
+        graph.output(total)
+        graph.eliminate_dead_code()
+        num_bytes = sum(int(node.meta.get("bytes", 0)) for node in graph.nodes)
+        return Recording(Operations(self.operations.constants, graph), num_bytes, self.constants)
+
+    def _with_parts(self) -> tuple[fx.Graph, list[fx.Node]]:
+        """A copy of the graph, without its output, and the nodes of what is joined last."""
         graph: Any = fx.Graph()
-        joined: Any = graph.graph_copy(self.graph.graph, {})
+        joined: Any = graph.graph_copy(self.operations.graph, {})
         claims = []
         while joined.target is nan_unless:
             joined, claim = joined.args
             claims.append(claim)
-        if joined.target is not torch.ops.aten.cat.default:
+        if joined.target is not _aten.cat.default:
             raise RecordingError("what was recorded is no concatenation, and has no parts")
         parts = list(joined.args[0])
         for claim in claims:
             parts = [graph.call_function(nan_unless, (part, claim)) for part in parts]
-        graph.output(tuple(parts))
-        graph.eliminate_dead_code()
-        function: Callable[[Tensor, Tensor], tuple[Tensor, ...]] = fx.GraphModule(self.graph, graph).forward
-        return function
+        return graph, parts
 
     def check(self, log_joint: Density, global_: Tensor, local: Tensor) -> None:
         """Compare value and gradients with those of the log joint itself, at one point.

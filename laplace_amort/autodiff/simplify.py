@@ -1,8 +1,9 @@
 r"""Algebra on recorded operations: the same function, in fewer and smaller operations.
 
 A density is written for any parameters, and what a model passes is often simpler: an exponential as a rate, or one
-scale for all units. Derivatives of third and fourth order pay for that many times over. Three things are changed:
+scale for all units. Derivatives of third and fourth order pay for that many times over. Four things are changed:
 
+- what gives a tensor the shape that it has, or another shape for the next to change again, is left out;
 - a tensor that was expanded is used unexpanded by all that works element by element, and expanded after it if need be;
 - :math:`z \log e^x = z x`, :math:`x^2 = x \cdot x`, a division of many numbers by few is a multiplication by their
   reciprocals, and what adds zero or multiplies by one does nothing;
@@ -44,6 +45,11 @@ _POINTWISE = {getattr(_aten, name).default for name in _UNARY} | {
 _NEUTRAL = {_aten.add.Tensor: 0, _aten.sub.Tensor: 0, _aten.mul.Tensor: 1, _aten.div.Tensor: 1}
 # What does nothing to the numbers themselves.
 _SAME = {_aten.alias.default, _aten.lift_fresh_copy.default, _aten.expand.default}
+_RESHAPE = _aten.reshape.default
+# What makes zeros of zeros.
+_OF_ZEROS = {_RESHAPE, _aten.slice.Tensor, _aten.select.int, _aten.sum.default, _aten.sum.dim_IntList}
+_OF_ZEROS |= {_aten.slice_backward.default, _aten.select_backward.default, _aten.squeeze.dim, _aten.unsqueeze.default}
+_OF_ZEROS |= {_aten.permute.default, _aten.transpose.int}
 
 
 class _Value(NamedTuple):
@@ -78,12 +84,19 @@ class _Simplifier:
 
     def take(self, old: fx.Node) -> None:
         """Put an old node into the new graph."""
-        if old.op == "call_function" and old.target in _SAME:
+        if (old.op == "call_function" and (old.target in _SAME or _is_idle(old))) or (
+            old.op == "call_function" and old.target in _OF_ZEROS and self._number(old.args[0]) == 0
+        ):
             self.values[old] = self._of(old.args[0])._replace(old=old)
+        elif "uniform" in old.meta:  # read as one number, whatever its shape
+            self.values[old] = _Value(self.graph.node_copy(old), torch.Size(), old)
         elif old.op == "call_function" and old.target in _POINTWISE and self._is_uniform(old):
             self.values[old] = self._pointwise(old)
         else:
             node = self.graph.node_copy(old, self._expanded)
+            first: Any = node.args[0] if node.args else None
+            if node.target is _RESHAPE and first.target is _RESHAPE:
+                node.args = (first.args[0], node.args[1])
             shape = old.meta.get("shape", torch.Size())
             self.weigh(node, old, shape)
             self.values[old] = _Value(node, shape, old)
@@ -105,6 +118,10 @@ class _Simplifier:
         found = (rule(self, old, args) for rule in RULES.values())
         return next((operation for operation in found if operation is not None), (old.target, args))
 
+    def _number(self, argument: Any) -> float | None:
+        """The number that all elements of an argument are, where that is known."""
+        return _number(self.values[argument]) if isinstance(argument, fx.Node) else None
+
     def _of(self, argument: Any) -> _Value:
         return self.values[argument]
 
@@ -125,6 +142,22 @@ class _Simplifier:
         is_view = node.op != "call_function" or _is_view(node.target)
         itemsize = getattr(old.meta.get("dtype"), "itemsize", 0)
         node.meta.update(bytes=0 if is_view else shape.numel() * itemsize, dtype=old.meta.get("dtype"))
+
+
+def _number(value: _Value) -> float | None:
+    """The number that all elements of a constant are, where a recorder has looked."""
+    number: float | None = value.node.meta.get("uniform")
+    return number
+
+
+def _is_idle(old: fx.Node) -> bool:
+    """Whether an operation gives its argument the shape that it has, or the order of axes."""
+    if old.target is _aten.permute.default:
+        axes: Any = old.args[1]
+        return list(axes) == list(range(len(axes)))
+    argument = old.args[0] if old.args else None
+    same_shape = isinstance(argument, fx.Node) and argument.meta.get("shape") == old.meta.get("shape")
+    return old.target is _RESHAPE and same_shape
 
 
 def _smooth_kink(x: Tensor) -> Tensor:
@@ -182,6 +215,26 @@ def _neutral(work: _Simplifier, old: fx.Node, args: list[Any]) -> _Operation | N
     return (None, args[:1]) if applies else None
 
 
+def _known_number(work: _Simplifier, old: fx.Node, args: list[Any]) -> _Operation | None:
+    """Zeros and ones among the arguments: what is left of the operation."""
+    numbers = [_number(arg) if isinstance(arg, _Value) else None for arg in args]
+    if all(number is None for number in numbers) or old.kwargs:
+        return None
+    if old.target in (_aten.mul.Tensor, _aten.neg.default, _aten.div.Tensor) and numbers[0] == 0:
+        return None, args[:1]
+    if old.target is _aten.mul.Tensor and numbers[0] is None:
+        args, numbers = args[::-1], numbers[::-1]
+    if old.target is _aten.mul.Tensor and numbers[0] in (0, 1):
+        return None, args[:1] if numbers[0] == 0 else args[1:]
+    if old.target is _aten.mul.Tensor and numbers[0] == -1:
+        return _aten.neg.default, args[1:]
+    if old.target is _aten.add.Tensor and 0 in numbers:
+        return None, [args[1 - numbers.index(0)]]
+    if old.target is _aten.sub.Tensor and 0 in numbers:
+        return (_aten.neg.default, args[1:]) if numbers[0] == 0 else (None, args[:1])
+    return None
+
+
 def _xlogy_of_exp(work: _Simplifier, old: fx.Node, args: list[Any]) -> _Operation | None:
     applies = old.target is _aten.xlogy.Tensor and _is_exp(args[1])
     return (_aten.mul.Tensor, [args[0], _exponent(args[1])]) if applies else None
@@ -204,6 +257,7 @@ def _many_by_few(work: _Simplifier, old: fx.Node, args: list[Any]) -> _Operation
 
 RULES: dict[str, Callable[[_Simplifier, fx.Node, list[Any]], _Operation | None]] = {
     "smooth softplus": _smooth_softplus,
+    "known numbers": _known_number,
     "neutral numbers": _neutral,
     "xlogy of exp": _xlogy_of_exp,
     "square": _square,

@@ -17,10 +17,11 @@ from laplace_amort.autodiff import arrowhead_information, check_structure, dual_
 from laplace_amort.errors import ModelError
 from laplace_amort.guide.gaussian import LaplaceGaussian
 from laplace_amort.guide.heads import Head, JointCurvature, MarginalCurvature
+from laplace_amort.guide.repeats import Repeats
 from laplace_amort.guide.storing import copied_with, follow_store, is_importable
 from laplace_amort.guide.warm_start import WarmStart
 from laplace_amort.linalg import Arrowhead, Repair, SoftAbs, repair_head, repair_tails
-from laplace_amort.model import UnitLayout, UnitModel, UnitModels
+from laplace_amort.model import UnitLayout, UnitModel, UnitModels, all_plates
 from laplace_amort.units import FreeMode, Mode, NewtonMode
 
 __all__ = ["AutoLaplaceFamily"]
@@ -116,6 +117,7 @@ class AutoLaplaceFamily(AutoGuide):
         self.init_loc_fn = init_loc_fn
         self.layout: UnitLayout | None = None  # which sites are global, which local; known once the guide has run
         self._unit_models: UnitModels | None = None
+        self._repeats = Repeats()
 
     @pyro_method
     def gaussian_of(
@@ -131,7 +133,7 @@ class AutoLaplaceFamily(AutoGuide):
         theta = dual_path(loc)
         units = unit_model.units
         mode, head = mode or self.mode, head or self.head
-        local_loc = mode.find(unit_model, theta.mean, self._warm_start.at(units, theta.mean))
+        local_loc = mode.find(unit_model, theta.mean, self._guess(unit_model, theta.mean))
         weight = unit_model.layout.weight
         blocks = arrowhead_information(unit_model.log_joint, theta.curvature, local_loc)
         tail, tail_report = repair_tails(self.tail_repair, blocks.tail)
@@ -151,7 +153,7 @@ class AutoLaplaceFamily(AutoGuide):
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Sample every latent site of the model; returns constrained values by site."""
         refuse_without_autograd()
-        return self.gaussian_of(self._unit_model(args, kwargs)).sample_sites(self._pyro_name, self.plates)
+        return self.gaussian_of(self._model_of_call(args, kwargs)).sample_sites(self._pyro_name, self.plates)
 
     @pyro_method
     def gaussian(self, *args: Any, **kwargs: Any) -> LaplaceGaussian:
@@ -161,7 +163,7 @@ class AutoLaplaceFamily(AutoGuide):
         """
         refuse_without_autograd()
         with pyro.poutine.block():
-            return self.gaussian_of(self._unit_model(args, kwargs))
+            return self.gaussian_of(self._model_of_call(args, kwargs))
 
     @pyro_method
     def unit_model(self, *args: Any, **kwargs: Any) -> UnitModel:
@@ -195,6 +197,31 @@ class AutoLaplaceFamily(AutoGuide):
     def attach(self, model: Callable[..., Any]) -> None:
         """Give back its model to a guide that was saved without: a function that cannot be imported by name."""
         self._model = (model,)
+
+    def _model_of_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> UnitModel:
+        """Like :meth:`_unit_model`, but recorded once calls repeat each other, where all plates are whole."""
+        if (
+            self._unit_models is None
+            or self.layout is None
+            or self.create_plates is not None
+            or self.master is not None
+        ):
+            return self._unit_model(args, kwargs)
+        loc: Any = self.loc
+        loc = loc.detach()
+        recorded = self._repeats.find(self.model, args, kwargs, loc, self._guess)
+        if recorded is not None:
+            self._check_sizes(recorded.layout)  # the guide may have seen other units in between
+            self.plates, self.layout = all_plates(recorded.density, {}), recorded.layout
+            return recorded
+        unit_model = self._unit_model(args, kwargs)
+        if not unit_model.density.subsampled_plates:
+            self._repeats.take(unit_model, loc, self._guess(unit_model, loc))
+        return unit_model
+
+    def _guess(self, unit_model: UnitModel, global_: Tensor) -> Tensor:
+        """A first guess of the modes, ``(N, k)``."""
+        return self._warm_start.at(unit_model.units, global_)
 
     def _unit_model(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> UnitModel:
         """Open the plates of this call and see the model through their indices; set up in the first call."""
@@ -274,7 +301,7 @@ class AutoLaplaceFamily(AutoGuide):
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what the next call makes again, and a model that cannot be imported by name."""
         state: dict[str, Any] = dict(super(AutoGuide, self).__getstate__())  # not AutoGuide's, which drops the model
-        state.update(master=None, prototype_trace=None, plates={}, _unit_models=None)
+        state.update(master=None, prototype_trace=None, plates={}, _unit_models=None, _repeats=Repeats())
         if not is_importable(self.model):
             state["_model"] = (None,)
         return state

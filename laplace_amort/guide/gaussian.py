@@ -55,7 +55,9 @@ class LaplaceGaussian:
         layout, frame = self.unit_model.layout, self.unit_model.layout.frame
         global_ = self.global_loc
         if layout.global_dim:
-            normal = dist.MultivariateNormal(self.global_loc, scale_tril=self.precision.global_scale_tril)
+            # A factor that was just made is what it should be.
+            scale_tril = self.precision.global_scale_tril
+            normal = dist.MultivariateNormal(self.global_loc, scale_tril=scale_tril, validate_args=False)
             global_ = pyro.sample(f"_{prefix}_global", normal, infer={"is_auxiliary": True})
         # Units are drawn as standard normals, which are then shifted and scaled: with plain elementwise densities for
         # blocks of any size, and none of it on the way of the gradient but the log-determinant beside them.

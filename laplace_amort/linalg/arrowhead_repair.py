@@ -42,6 +42,12 @@ def repair_tails(repair: RepairFunction, tail: Tensor) -> tuple[Tensor, Any]:
         >>> repaired.flatten(), report.num_repaired
         (tensor([1.0000e+00, 1.0000e+06, 2.0000e+00]), 1)
     """
+    if torch.is_grad_enabled():
+        with torch.no_grad():  # by far the usual case is that there is nothing to do, and no need for a graph
+            values = tail.detach()
+            repaired, report = repair_tails(repair, values)
+        if repaired is values:
+            return tail, report
     diagonal = tail.diagonal(dim1=-2, dim2=-1)
     # Squares of large numbers are infinite: first to the order of 1.
     unit = diagonal.detach().abs().sum(-2, keepdim=True).clamp(min=1)
@@ -71,9 +77,16 @@ def repair_head(repair: RepairFunction, schur_complement: Tensor, head: Tensor) 
     """
     if not len(head):
         return repair(schur_complement)
+    if torch.is_grad_enabled():
+        with torch.no_grad():
+            values = schur_complement.detach()
+            repaired, report = repair_head(repair, values, head.detach())
+        if repaired is values:
+            return schur_complement, report
     # The reference is itself a Hessian block, which away from the mode may be indefinite.
     as_definite = SoftAbs(floor=torch.finfo(head.dtype).eps ** (2 / 3))
-    reference, _ = as_definite(head, torch.hypot(head.diagonal(), torch.ones_like(head.diagonal())))
+    scale = torch.hypot(head.diagonal(), torch.ones_like(head.diagonal()))
+    reference = head if as_definite.leaves(head, scale) else as_definite(head, scale)[0]
     factor, _ = blocks.cholesky(reference)
     half = torch.linalg.solve_triangular(factor, schur_complement, upper=False)
     shares = torch.linalg.solve_triangular(factor, half.mT, upper=False)

@@ -132,6 +132,10 @@ class FlooredRepair(ABC):
         """Return itself: there are no parameters."""
         return self
 
+    def leaves(self, matrix: Tensor, scale: Tensor | None = None) -> bool:
+        """Tell whether exactly symmetric matrices ``(*, n, n)`` would be left alone, without a report."""
+        return torch.equal(matrix, matrix.mT) and symmetric.screen(matrix, scale, _UNTOUCHED * self.floor)[0] is None
+
     def __call__(self, matrix: Tensor, scale: Tensor | None = None) -> tuple[Tensor, RepairReport]:
         """Repair ``matrix``, ``(*, n, n)``, in units of ``scale``, ``(*, n)`` or ``(n,)``; return it and a report."""
         matrix = symmetric.symmetric_part(matrix)
@@ -216,5 +220,6 @@ def _report_of_none(matrix: Tensor, scale: Tensor | None, nearest: Tensor | None
     smallest, batch = math.inf, matrix.shape[:-2]
     if nearest is not None:
         some, unit = symmetric.select(matrix, scale, nearest.reshape(1))
-        smallest = float(torch.linalg.eigvalsh(some if unit is None else some / unit).min())
+        unscaled = some if unit is None else some / unit
+        smallest = float(unscaled if unscaled.shape[-1] == 1 else torch.linalg.eigvalsh(unscaled).min())
     return RepairReport(smallest, smallest, 0.0, 0, batch.numel())

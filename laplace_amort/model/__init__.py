@@ -1,5 +1,6 @@
 """A Pyro model as a function of two tensors, globals and units."""
 
+from laplace_amort.model.fingerprint import Fingerprint
 from laplace_amort.model.handlers import SubsampledPlate
 from laplace_amort.model.layout import UnitLayout, find_layout
 from laplace_amort.model.log_joint import LogJoint
@@ -7,15 +8,17 @@ from laplace_amort.model.observed import ObservedSite, observed_sites, with_data
 from laplace_amort.model.particles import takes_particles
 from laplace_amort.model.sites import plates_of, undressed
 from laplace_amort.model.terms import separated, unit_owners, unit_terms
-from laplace_amort.model.unit_model import UnitModel, UnitModels
+from laplace_amort.model.unit_model import UnitModel, UnitModels, all_plates
 
 __all__ = [
+    "Fingerprint",
     "LogJoint",
     "ObservedSite",
     "SubsampledPlate",
     "UnitLayout",
     "UnitModel",
     "UnitModels",
+    "all_plates",
     "find_layout",
     "observed_sites",
     "plates_of",

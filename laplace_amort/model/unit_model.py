@@ -12,12 +12,16 @@ import torch
 from torch import Tensor
 
 from laplace_amort.autodiff import Recording, record
-from laplace_amort.errors import ModelError
+from laplace_amort.errors import ModelError, RecordingError
 from laplace_amort.model.handlers import SubsampledPlate
 from laplace_amort.model.layout import UnitLayout, find_layout
 from laplace_amort.model.log_joint import LogJoint
+from laplace_amort.types import Density
 
-__all__ = ["Terms", "UnitModel", "UnitModels"]
+__all__ = ["Terms", "UnitModel", "UnitModels", "all_plates"]
+
+# Terms that are compared may differ by this power of the rounding error.
+_SHARE = 0.6
 
 
 class Terms(NamedTuple):
@@ -53,30 +57,45 @@ class UnitModel:
     def recorded(self, global_: Tensor, local: Tensor) -> UnitModel:
         """Return the same model as a recording of its tensor operations, for many evaluations with the same data.
 
-        The terms are what is recorded, by three runs of the model; their sum is recorded from these.
+        The terms are what is recorded, by three runs of the model; their sum follows from these.
 
         :param Tensor global_: where to record, ``(d,)``.
         :param Tensor local: ``(N, k)``.
         :raises RecordingError: if it cannot be recorded; see :func:`~laplace_amort.autodiff.recording.record`.
         """
-        other = copy.copy(self)
-        other._recorded_terms = self._record_terms(global_, local)
-        other.recording = record(other._sum_of_terms, global_, local)
-        return other
-
-    def _record_terms(self, global_: Tensor, local: Tensor) -> Callable[[Tensor, Tensor], list[Terms]]:
-        found: list[Terms] = []
+        other, found = copy.copy(self), list[Terms]()
 
         def joined(global_: Tensor, local: Tensor) -> Tensor:
             found[:] = self.flat_terms(global_, local)
             return torch.cat([terms.values for terms in found])
 
-        parts = record(joined, global_, local).parts()
-        return functools.partial(_named, [(terms.name, terms.inside) for terms in found], parts)
+        recording = record(joined, global_, local)
+        kinds = [(terms.name, terms.inside) for terms in found]
+        other._recorded_terms = functools.partial(_named, kinds, recording.parts())
+        other.recording = recording.sum_of_parts()
+        return other
 
-    def _sum_of_terms(self, global_: Tensor, local: Tensor) -> Tensor:
-        total, *others = (terms.values.sum() for terms in self.flat_terms(global_, local))
-        return sum(others, total)
+    def recorded_leaves(self) -> list[Tensor]:
+        """Return the parameters that a recording reads: none, where the model is not recorded."""
+        held = {} if self.recording is None else self.recording.operations.constants
+        return [tensor for tensor in held.values() if tensor.requires_grad]
+
+    def compare(self, global_: Tensor, local: Tensor) -> None:
+        """Compare the terms that are recorded with those of the model now, at one point, by their values.
+
+        :param Tensor global_: ``(d,)``.
+        :param Tensor local: ``(N, k)``.
+        :raises RecordingError: if they differ by more than rounding errors.
+        """
+        recorded, live = self.flat_terms(global_, local), self.live().flat_terms(global_, local)
+        if [terms[:2] for terms in recorded] != [terms[:2] for terms in live]:
+            raise RecordingError("the sites of the model are not those that were recorded")
+        for one, other in zip(recorded, live, strict=True):
+            if not _same(one.values, other.values, global_.dtype):
+                raise RecordingError(
+                    f"the terms of site '{one.name}' are not what was recorded. Does the model use a number that "
+                    "changes from call to call, NumPy, or random numbers?"
+                )
 
     @property
     def subsamples(self) -> list[SubsampledPlate]:
@@ -112,10 +131,12 @@ class UnitModel:
         """Keyword arguments of the model."""
         return self.density.kwargs
 
-    def log_joint(self, global_: Tensor, local: Tensor) -> Tensor:
-        """Evaluate the log joint in unconstrained space, a scalar; arguments that overflow give NaN, not an error."""
-        if self.recording is not None:
-            return self.recording(global_, local)
+    @property
+    def log_joint(self) -> Density:
+        """The log joint in unconstrained space, a scalar; arguments that overflow give NaN, not an error."""
+        return self._run if self.recording is None else self.recording
+
+    def _run(self, global_: Tensor, local: Tensor) -> Tensor:
         # A trial point of a mode search may overflow in one unit; that unit alone is to step back.
         with pyro.validation_enabled(False):
             return self.density.evaluate(self.layout.to_sites(global_, local))
@@ -206,6 +227,16 @@ class UnitModel:
             )
 
 
+def _same(one: Tensor, other: Tensor, dtype: torch.dtype) -> bool:
+    """Whether terms are the same but for rounding errors, or are both no numbers."""
+    if one.shape != other.shape:
+        return False
+    rounding = max(torch.finfo(kind).eps for kind in (dtype, one.dtype)) ** _SHARE
+    finite = other[other.isfinite()]
+    size = 1 + finite.abs().max() if len(finite) else 1
+    return bool((((one - other).abs() <= rounding * size) | ~(one.isfinite() | other.isfinite())).all())
+
+
 def _named(
     kinds: list[tuple[str, bool]],
     parts: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
@@ -244,7 +275,7 @@ class UnitModels:
         :return: the model of this call, and all its plates by name.
         """
         density = self._find(args, kwargs, {name: plate.indices for name, plate in chosen.items()})
-        plates = _all_plates(density, chosen)
+        plates = all_plates(density, chosen)
         density = density.with_indices(**{name: plate.indices for name, plate in plates.items()})
         layout = find_layout(density.sites, self.unit_plate)
         return UnitModel(density, layout, plates[layout.frame.name].indices), plates
@@ -260,7 +291,7 @@ class UnitModels:
         return density.with_supports() if self._has_bounds else density
 
 
-def _all_plates(density: LogJoint, chosen: Mapping[str, Any]) -> dict[str, Any]:
+def all_plates(density: LogJoint, chosen: Mapping[str, Any]) -> dict[str, Any]:
     """The plates of the model: those chosen, those it subsamples, and those around its latents."""
     plates = dict(chosen)
     for plate in density.subsampled_plates:

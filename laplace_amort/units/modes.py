@@ -20,6 +20,7 @@ from laplace_amort.errors import ModeNotFoundError
 from laplace_amort.linalg import Repair, SoftAbs, blocks
 from laplace_amort.types import Density
 from laplace_amort.units.newton import ModeStatus, NewtonSearch, SearchResult, default_tolerance
+from laplace_amort.units.newton_step import attached_gradient
 
 __all__ = ["LISTED", "FreeMode", "Mode", "NewtonMode", "UnitDensity", "listed"]
 
@@ -147,7 +148,8 @@ class NewtonMode:
 
     def _attach(self, log_joint: Density, global_: Tensor, result: SearchResult) -> Tensor:
         # The last evaluation of the search is the first of the steps: gradient and factor are at hand.
-        local = _newton_step(result.at.local, result.gradient, result.at.factor)
+        gradient = attached_gradient(log_joint, global_, result.at.local, result.gradient)
+        local = _newton_step(result.at.local, gradient, result.at.factor)
         for _ in range(self.differentiable_steps - 1):
             gradient, tail = local_information(log_joint, global_, local)
             local = _newton_step(local, gradient, blocks.cholesky(tail)[0])

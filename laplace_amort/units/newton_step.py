@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from laplace_amort.autodiff import differentiate, local_curvature
+from laplace_amort.autodiff import Recording, differentiate, local_curvature
 from laplace_amort.linalg import Repair, blocks
 from laplace_amort.types import Density
 
-__all__ = ["NewtonPoint", "evaluate", "newton_point"]
+__all__ = ["NewtonPoint", "attached_gradient", "evaluate", "newton_point"]
 
 # A pivot of less than this many rounding errors means nothing.
 _PIVOT = 64
@@ -23,15 +23,31 @@ def evaluate(log_joint: Density, global_: Tensor, local: Tensor) -> tuple[Tensor
     :param log_joint: a function of both tensors that returns a scalar.
     :param Tensor global_: ``(d,)``.
     :param Tensor local: ``(N, k)``, taken as a constant.
-    :return: the gradient ``(N, k)``, attached to the globals and to all else that ``log_joint`` depends on, and the
-        tails ``(N, k, k)``, without a graph.
+    :return: the gradient ``(N, k)``, attached to the globals and to all else that ``log_joint`` depends on, unless its
+        derivatives are recorded; and the tails ``(N, k, k)``, without a graph.
     """
+    if isinstance(log_joint, Recording) and log_joint.information is not None:
+        with torch.no_grad():
+            return log_joint.information.look(global_, local)
     with torch.enable_grad():
         y = local.detach().requires_grad_()
         (found,) = differentiate(log_joint(global_, y), [y], ["argument 'local'"], "first")
     gradient = torch.zeros_like(y) if found is None else found
     with torch.no_grad():
         return gradient, local_curvature(gradient, y)
+
+
+def attached_gradient(log_joint: Density, global_: Tensor, local: Tensor, gradient: Tensor) -> Tensor:
+    """Return a gradient that :func:`evaluate` returned, attached in any case.
+
+    :param log_joint: a function of both tensors that returns a scalar.
+    :param Tensor global_: ``(d,)``.
+    :param Tensor local: ``(N, k)``, taken as a constant.
+    :param Tensor gradient: there, ``(N, k)``.
+    """
+    if isinstance(log_joint, Recording) and log_joint.information is not None:
+        return log_joint.information.gradient(global_, local.detach())
+    return gradient
 
 
 class NewtonPoint(NamedTuple):
@@ -71,6 +87,8 @@ def newton_point(local: Tensor, gradient: Tensor, tail: Tensor, repair: Repair) 
         >>> point.step, point.decrement
         (tensor([[1.]]), tensor([2.]))
     """
+    if tail.shape[-1] == 1 and (scalars := _of_scalars(local, gradient, tail)) is not None:
+        return scalars
     finite = _finite(gradient, tail)
     if not finite.all():
         identity = torch.eye(tail.shape[-1], dtype=tail.dtype, device=tail.device)
@@ -84,6 +102,22 @@ def newton_point(local: Tensor, gradient: Tensor, tail: Tensor, repair: Repair) 
     step = blocks.cholesky_solve(gradient.unsqueeze(-1), factor).squeeze(-1)
     decrement = (gradient * step).sum(-1).clamp_(min=0).sqrt_().masked_fill_(~finite, torch.inf)
     return NewtonPoint(local, gradient, tail, step, factor, decrement, finite & ~failed)
+
+
+def _of_scalars(local: Tensor, gradient: Tensor, tail: Tensor) -> NewtonPoint | None:
+    """The step where each unit is one number, and all are in order: the usual case of these, in a few operations."""
+    if not tail.numel():
+        return None
+    low, high = map(float, torch.aminmax(tail))
+    if not 0 < low <= high < torch.finfo(tail.dtype).max ** 0.5:
+        return None
+    step = gradient / tail.squeeze(-1)
+    decrement = (gradient * step).squeeze(-1).sqrt_()
+    if not float(decrement.max()) < torch.inf:
+        return None
+    return NewtonPoint(
+        local, gradient, tail, step, tail.sqrt(), decrement, torch.ones_like(decrement, dtype=torch.bool)
+    )
 
 
 def _finite(gradient: Tensor, tail: Tensor) -> Tensor:

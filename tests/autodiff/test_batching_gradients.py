@@ -121,7 +121,7 @@ class Counting(Recording):
     """A recording that knows how many draws it was asked for at a time."""
 
     def __init__(self, recording):
-        super().__init__(recording.graph, recording.num_bytes)
+        super().__init__(recording.operations, recording.num_bytes)
         self.sizes = []
 
     def __call__(self, global_, local):

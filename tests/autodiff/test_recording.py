@@ -147,7 +147,7 @@ class Weighed(fx.Interpreter):
 def test_memory_is_what_a_run_takes(name):
     unit_model, case = unit_model_of(name)
     recorded = record(unit_model.log_joint, *point_of(case, seed=1))
-    run = Weighed(recorded.graph)
+    run = Weighed(recorded.operations.module())
     torch.testing.assert_close(run.run(*point_of(case, seed=3)), recorded(*point_of(case, seed=3)), rtol=0, atol=0)
     assert 0.9 * run.num_bytes <= recorded.num_bytes <= 1.3 * run.num_bytes
 

@@ -14,7 +14,7 @@ from helpers.unit_models import batches as poisson
 from helpers.unit_models import constrained, with_parameter
 from pyro.infer import SVI, Trace_ELBO
 from pyro.nn import PyroModule, PyroParam, PyroSample, pyro_method
-from torch import Tensor, nn
+from torch import Tensor
 
 from laplace_amort import ModeNotFoundError
 from laplace_amort.guide.auto import AutoLaplaceFamily
@@ -231,7 +231,8 @@ def test_nothing_of_a_step_stays(model, options, monkeypatch):
     monkeypatch.setattr(AutoLaplaceFamily, "gaussian_of", recorded)
     step(model, guide, z)
     keys = set(vars(guide))
-    step(model, guide, z)
+    for _ in range(4):  # calls that repeat each other are recorded by then
+        step(model, guide, z)
     guide.median(z)
     gc.collect()
     assert made
@@ -240,7 +241,8 @@ def test_nothing_of_a_step_stays(model, options, monkeypatch):
     found = list(tensors_in(guide, set()))
     assert any(tensor is guide.loc for tensor in found)
     assert not any(tensor.grad_fn is not None for tensor in found)
-    assert all(isinstance(tensor, nn.Parameter) for tensor in found if tensor.requires_grad)
+    parameters = [*guide.parameters(), *pyro.get_param_store()._params.values()]
+    assert all(any(tensor is one for one in parameters) for tensor in found if tensor.requires_grad)
     # And no cache that grows or is made anew.
     sizes = sorted(tensor.numel() for tensor in found)
     step(model, guide, z)

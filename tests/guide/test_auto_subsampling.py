@@ -254,7 +254,7 @@ def only(field):
     return information
 
 
-def without_weight(self, global_, local, original=UnitModel.log_joint):
+def without_weight(self, global_, local, original=UnitModel._run):
     """The inner run does not know that a minibatch stands for more."""
     others = self.density.with_indices(units=self.units)
     with pyro.poutine.scale(scale=1.0):
@@ -275,7 +275,7 @@ WRONG_WEIGHTS = {
     "only of the tail": (GUIDE, "arrowhead_information", only("tail")),
     "before the Schur complement": (GUIDE, "arrowhead_information", unscaled_at_once),
     "layout without weight": (UnitLayout, "weight", property(lambda self: 1.0)),
-    "log joint without weight": (UnitModel, "log_joint", without_weight),
+    "log joint without weight": (UnitModel, "_run", without_weight),
 }
 
 

@@ -37,5 +37,5 @@ def derivatives(
 
 def operations(recording: Recording) -> list[str]:
     """Their names, in the order in which they are done."""
-    nodes = [node for node in recording.graph.graph.nodes if node.op == "call_function"]
+    nodes = [node for node in recording.operations.graph.nodes if node.op == "call_function"]
     return [str(node.target).removeprefix("aten.").partition(".")[0] for node in nodes]

@@ -89,7 +89,7 @@ class Counting(Recording):
     """The terms of the units, and how many globals and points they were asked for at a time."""
 
     def __init__(self, recording):
-        super().__init__(recording.graph, recording.num_bytes)
+        super().__init__(recording.operations, recording.num_bytes)
         self.sizes = set()
 
     def __call__(self, global_, local):
