@@ -30,6 +30,8 @@ DRAWS = 4000
 _AVERAGED, _LEAST, _MOST_AVERAGED = 2**17, 256, 512
 # Draws for each weight that is calibrated, at least.
 _EACH = 4
+# Draws at the same globals that share what the units are drawn from, at most.
+_SHARED = 16
 # Draws of the globals at most, when more are asked for.
 _MOST = 8192
 
@@ -157,13 +159,14 @@ class PosteriorDraws:
         generator = torch.Generator().manual_seed(self.seed if seed is None else seed)
         distinct, which = distinct_rows(self._resampled(num_samples, generator))
         order = which.argsort(stable=True)
-        chunk = self.units.chunk()
-        first = torch.searchsorted(which[order], torch.arange(0, len(distinct), chunk, device=which.device))
-        ends = [*first[1:].tolist(), num_samples]
-        for some, start, end in zip(distinct.split(chunk), first.tolist(), ends, strict=True):
-            places = order[start:end]
-            inside = which[places] - which[places[0]]
-            yield places, some[inside], self.units.draw(some, inside, generator)
+        rank = torch.arange(num_samples, device=which.device) - torch.searchsorted(which[order], which[order])
+        begins = rank % _SHARED == 0
+        row = begins.cumsum(0) - 1
+        globals_, chunk = distinct[which[order[begins]]], self.units.chunk()
+        for first in range(0, len(globals_), chunk):
+            some, here = globals_[first : first + chunk], (row >= first) & (row < first + chunk)
+            inside = row[here] - first
+            yield order[here], some[inside], self.units.draw(some, inside, generator)
 
     def _resampled(self, num_samples: int, generator: torch.Generator) -> Tensor:
         """Draws of the globals in random order, each as often as its share calls for, ``(num_samples, d)``."""

@@ -30,7 +30,7 @@ from laplace_amort.units import (
 __all__ = ["LinearUnits", "NestedUnits", "UnitPosterior", "WeightedPoints", "WeightedUnits"]
 
 # Points from which one draw of a unit is chosen: of one dimension, and of more.
-_CANDIDATES = 8, 32
+_CANDIDATES = 16, 32
 # Points for averages over a normal unit: along each of up to three dimensions, or in all.
 _GRID, _MATCHED = (9, 7, 5), 256
 
