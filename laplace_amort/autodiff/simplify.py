@@ -7,6 +7,7 @@ scale for all units. Derivatives of third and fourth order pay for that many tim
 - a tensor that was expanded is used unexpanded by all that works element by element, and expanded after it if need be;
 - :math:`z \log e^x = z x`, :math:`x^2 = x \cdot x`, a division of many numbers by few is a multiplication by their
   reciprocals, and what adds zero or multiplies by one does nothing;
+- the density of a Bernoulli variable, ten operations of torch's where it is mapped over points, is three;
 - where torch writes a smooth density with a kink, in Binomial, it is written without.
 
 Results are the same but for rounding errors; :func:`~laplace_amort.autodiff.recording.record` compares them.
@@ -40,7 +41,10 @@ _POINTWISE = {getattr(_aten, name).default for name in _UNARY} | {
     _aten.pow.Tensor_Scalar,
     _aten.pow.Tensor_Tensor,
     _aten.xlogy.Tensor,
+    _aten.binary_cross_entropy_with_logits.default,
 }
+# Past this, log(1 + e^x) is x to the last digit.
+_SOFTPLUS_IS_LINEAR = 40.0
 # Numbers that change nothing: support transforms are full of them.
 _NEUTRAL = {_aten.add.Tensor: 0, _aten.sub.Tensor: 0, _aten.mul.Tensor: 1, _aten.div.Tensor: 1}
 # What does nothing to the numbers themselves.
@@ -255,6 +259,19 @@ def _many_by_few(work: _Simplifier, old: fx.Node, args: list[Any]) -> _Operation
     return _aten.mul.Tensor, [args[0], args[1]._replace(node=node)]
 
 
+def _bernoulli(work: _Simplifier, old: fx.Node, args: list[Any]) -> _Operation | None:
+    r"""Write :math:`-\log p(y | x)` as :math:`\log(1 + e^x) - x y`."""
+    if old.target is not _aten.binary_cross_entropy_with_logits.default or args[2:] != [None, None, 0]:
+        return None
+    x, y = args[:2]
+    softplus = work.graph.call_function(_aten.softplus.default, (x.node, 1, _SOFTPLUS_IS_LINEAR))
+    work.weigh(softplus, old, x.shape)
+    shape = torch.Size(numpy.broadcast_shapes(x.shape, y.shape))
+    product = work.graph.call_function(_aten.mul.Tensor, (x.node, y.node))
+    work.weigh(product, old, shape)
+    return _aten.sub.Tensor, [x._replace(node=softplus), x._replace(node=product, shape=shape)]
+
+
 RULES: dict[str, Callable[[_Simplifier, fx.Node, list[Any]], _Operation | None]] = {
     "smooth softplus": _smooth_softplus,
     "known numbers": _known_number,
@@ -262,5 +279,6 @@ RULES: dict[str, Callable[[_Simplifier, fx.Node, list[Any]], _Operation | None]]
     "xlogy of exp": _xlogy_of_exp,
     "square": _square,
     "many by few": _many_by_few,
+    "Bernoulli": _bernoulli,
 }
 """What is rewritten, by the first that applies; ``benchmarks/simplify_rules.py`` measures what each saves."""

@@ -10,7 +10,7 @@ import torch
 from laplace_amort.diagnostics.comparison import Comparison, compare
 from laplace_amort.diagnostics.consistency import Consistency, check_consistency
 from laplace_amort.diagnostics.findings import Finding, Level, UnitTails
-from laplace_amort.diagnostics.next_rung import next_posterior, next_rule, rule_of
+from laplace_amort.diagnostics.next_rung import against_next, next_rule, rule_of
 from laplace_amort.diagnostics.thresholds import (
     CONVERGED,
     GLOBALS,
@@ -76,9 +76,8 @@ def against_next_rung(result: FitResult, seed: int) -> Iterator[Finding]:
     :param FitResult result: the fit, with all units in it.
     :param int seed: of the draws of the next rung.
     """
-    reference = next_posterior(result, seed)
-    found = compare(result.posterior.thinned(reference.averaged), reference)
-    own = result.posterior.globals_
+    compared, reference = against_next(result, seed)
+    found, own = compare(compared, reference), result.posterior.globals_
     if numpy.isnan(own.log_integral):  # nothing but a Gaussian
         yield _cover(result)
         yield _weights("k-hat, correction", reference.globals_)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+
+import numpy
+
 from laplace_amort.fitting import FitResult, MarginalQuadrature
-from laplace_amort.posterior import Posterior, WeightedUnits, marginal_sample
+from laplace_amort.posterior import NestedUnits, Posterior, WeightedUnits, log_densities, marginal_sample
 from laplace_amort.units import GRID_DIM, GaussHermite, Laplace, QuadratureRule, StudentPoints
 
-__all__ = ["next_posterior", "next_rule", "rule_of"]
+__all__ = ["against_next", "next_rule", "rule_of"]
 
-# Numbers of all units together that are averaged over, by which the draws of the globals are fewer; and these at least.
-_AVERAGED, _LEAST = 2**21, 128
+# Draws of the globals at which two rules are compared: these at least, and more while points of all units are fewer.
+_LEAST, _MOST, _POINTS = 128, 256, 2**24
 
 
 def rule_of(result: FitResult) -> QuadratureRule:
@@ -32,15 +36,26 @@ def next_rule(result: FitResult) -> QuadratureRule:
     return rule.finer(k)
 
 
-def next_posterior(result: FitResult, seed: int) -> Posterior:
-    """Return the posterior by the next rule, with the same draws as far as possible.
+def against_next(result: FitResult, seed: int) -> tuple[Posterior, Posterior]:
+    """Return the posterior of a fit, and that by the next rule, at the same draws of the globals.
+
+    Of a Gaussian, the draws are others: its own would not show what it leaves out.
 
     :param FitResult result: the fit, with a posterior.
-    :param int seed: added to that of the fit, for the draws of the globals.
+    :param int seed: added to that of the fit, for the draws of the globals where these are others.
     """
-    gaussian, integrals = result.posterior.gaussian, result.problem.integrals
-    rule = next_rule(result)
-    globals_ = marginal_sample(integrals, rule, gaussian, result.seed + seed)
-    averaged = max(_LEAST, _AVERAGED // max(gaussian.local_loc.numel(), 1))
-    units = WeightedUnits(gaussian, integrals, rule)
-    return Posterior(result.problem, gaussian, globals_, units, result.posterior.seed, averaged)
+    own, rule = result.posterior, next_rule(result)
+    known = own.units
+    if not isinstance(known, NestedUnits) or numpy.isnan(own.log_evidence):
+        units = WeightedUnits(own.gaussian, result.problem.integrals, rule)
+        sample = marginal_sample(units, result.seed + seed)
+        reference = Posterior(result.problem, own.gaussian, sample, units, own.seed)
+        return own, reference
+    gaussian = own.gaussian
+    num_points = len(rule.points(gaussian.local_loc.shape[1], gaussian.global_loc).points)
+    number = _POINTS // max(gaussian.local_loc.numel() * num_points, 1)
+    own = own.part(min(max(number, _LEAST, 4 * gaussian.global_loc.numel()), _MOST))
+    units, (globals_, _) = known.by(rule), own.weighted_globals()
+    there = units.conditionals(globals_)
+    old, new = (log_densities(units, one, globals_, there) for one in (rule_of(result), rule))
+    return own, dataclasses.replace(own, globals_=own.globals_.reweighted(new - old), units=units)

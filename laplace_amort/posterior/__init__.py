@@ -1,8 +1,9 @@
 """What one has after a fit: draws, moments, predictions, tables and files."""
 
-from laplace_amort.posterior.draws import gaussian_sample, marginal_sample
+from laplace_amort.posterior.draws import gaussian_sample
 from laplace_amort.posterior.importance import ImportanceSample
 from laplace_amort.posterior.likelihood import ConditionalLikelihood, MarginalLikelihood
+from laplace_amort.posterior.marginal import log_densities, marginal_sample
 from laplace_amort.posterior.posterior import Posterior
 from laplace_amort.posterior.predictive import ConditionedUnits, NewUnits, SeenUnits, Units
 from laplace_amort.posterior.proposals import matched_normal
@@ -26,6 +27,7 @@ __all__ = [
     "WeightedUnits",
     "gaussian_sample",
     "globals_table",
+    "log_densities",
     "marginal_sample",
     "matched_normal",
     "pareto_smoothed",

@@ -16,17 +16,22 @@ from torch import Tensor
 
 from laplace_amort.guide import LaplaceGaussian, Problem
 from laplace_amort.posterior.importance import ImportanceSample, ImportanceSampler, normal_sample
+from laplace_amort.posterior.known import distinct_rows
+from laplace_amort.posterior.marginal import marginal_sample
 from laplace_amort.posterior.quantiles import check_probabilities, quantiles_of_draws
-from laplace_amort.posterior.unit_draws import NestedUnits, UnitPosterior, WeightedUnits
-from laplace_amort.types import Vector, to_numpy
-from laplace_amort.units import Laplace, QuadraturePoints, QuadratureRule, UnitIntegrals
+from laplace_amort.posterior.unit_draws import NestedUnits, UnitPosterior
+from laplace_amort.types import to_numpy
 
-__all__ = ["DRAWS", "PosteriorDraws", "gaussian_sample", "marginal_sample"]
+__all__ = ["DRAWS", "PosteriorDraws", "gaussian_sample"]
 
 # Draws for quantiles.
 DRAWS = 4000
-# Draws of the globals that units are averaged over: of units in all at most, but for the least.
-_AVERAGED, _LEAST = 2**20, 512
+# Draws of the globals that units are averaged over: of units in all about so many, within bounds.
+_AVERAGED, _LEAST, _MOST_AVERAGED = 2**17, 256, 512
+# Draws for each weight that is calibrated, at least.
+_EACH = 4
+# Draws at the same globals that share what the units are drawn from, at most.
+_SHARED = 16
 # Draws of the globals at most, when more are asked for.
 _MOST = 8192
 
@@ -71,8 +76,10 @@ class PosteriorDraws:
         Values of the globals repeat where there are more draws than weighted ones, or where weights are unequal; see
         :meth:`refined`.
         """
-        parts = [self.gaussian.constrained(*some) for some in self._drawn(num_samples, seed)]
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        places, globals_, locals_ = zip(*self._drawn(num_samples, seed), strict=True)
+        parts = [self.gaussian.constrained(*some) for some in zip(globals_, locals_, strict=True)]
+        order = torch.cat(places).argsort()
+        return {name: torch.cat([part[name] for part in parts])[order] for name in parts[0]}
 
     @torch.no_grad()
     def sample_unconstrained(self, num_samples: int, seed: int | None = None) -> tuple[Tensor, Tensor]:
@@ -82,8 +89,9 @@ class PosteriorDraws:
         :param int seed: of these draws.
         :return: globals ``(num_samples, d)`` and units ``(num_samples, N, k)``.
         """
-        globals_, locals_ = zip(*self._drawn(num_samples, seed), strict=True)
-        return torch.cat(globals_), torch.cat(locals_)
+        places, globals_, locals_ = map(torch.cat, zip(*self._drawn(num_samples, seed), strict=True))
+        order = places.argsort()
+        return globals_[order], locals_[order]
 
     def refined(self, num_samples: int) -> Self:
         """Return the same with enough draws of the globals for so many samples, so that few repeat.
@@ -104,11 +112,19 @@ class PosteriorDraws:
             return dataclasses.replace(self, globals_=gaussian_sample(self.gaussian, self.seed, number))
         if not isinstance(self.units, NestedUnits):
             return self
-        needed = num_samples * len(found.draws) / max(found.effective, 1.0)
-        number = 2 ** math.ceil(math.log2(min(needed, _MOST)))
-        rule = self.units.rule if isinstance(self.units, WeightedUnits) else Laplace()
-        globals_ = marginal_sample(self.units.integrals, rule, self.gaussian, self.seed, number)
-        return dataclasses.replace(self, globals_=globals_)
+        sampler = ImportanceSampler().for_as_many(found, min(num_samples, _MOST))
+        return dataclasses.replace(self, globals_=marginal_sample(self.units, self.seed, sampler))
+
+    def part(self, num_draws: int) -> Self:
+        """Return the same with fewer draws of the globals, of equal weights.
+
+        :param int num_draws: of the globals.
+        """
+        generator = torch.Generator().manual_seed(self.seed)
+        draws = to_numpy(self._resampled(num_draws, generator))
+        equal = numpy.full(num_draws, -math.log(num_draws))
+        globals_ = dataclasses.replace(self.globals_, draws=draws, log_weights=equal)
+        return dataclasses.replace(self, globals_=globals_, averaged=num_draws)
 
     def mean(self) -> dict[str, Tensor]:
         """Return the means, by site: weighted averages over globals, and over units by quadrature."""
@@ -138,12 +154,19 @@ class PosteriorDraws:
         loc = self.gaussian.global_loc
         return torch.from_numpy(self.globals_.draws).to(loc), torch.from_numpy(self.globals_.weights).to(loc)
 
-    def _drawn(self, num_samples: int, seed: int | None) -> Iterator[tuple[Tensor, Tensor]]:
-        """Draws of globals and units, in pieces."""
+    def _drawn(self, num_samples: int, seed: int | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Draws of globals and units with the places of these draws, those of the same globals together."""
         generator = torch.Generator().manual_seed(self.seed if seed is None else seed)
-        globals_ = self._resampled(num_samples, generator)
-        for some in globals_.split(self.units.chunk()):
-            yield some, self.units.draw(some, generator)
+        distinct, which = distinct_rows(self._resampled(num_samples, generator))
+        order = which.argsort(stable=True)
+        rank = torch.arange(num_samples, device=which.device) - torch.searchsorted(which[order], which[order])
+        begins = rank % _SHARED == 0
+        row = begins.cumsum(0) - 1
+        globals_, chunk = distinct[which[order[begins]]], self.units.chunk()
+        for first in range(0, len(globals_), chunk):
+            some, here = globals_[first : first + chunk], (row >= first) & (row < first + chunk)
+            inside = row[here] - first
+            yield order[here], some[inside], self.units.draw(some, inside, generator)
 
     def _resampled(self, num_samples: int, generator: torch.Generator) -> Tensor:
         """Draws of the globals in random order, each as often as its share calls for, ``(num_samples, d)``."""
@@ -158,13 +181,32 @@ class PosteriorDraws:
     def _averaged(self) -> tuple[Tensor, Tensor]:
         """Draws of the globals ``(S, d)`` that the units are averaged over, and their weights."""
         globals_, weights = self.weighted_globals()
-        averaged = self.averaged or max(_LEAST, _AVERAGED // max(self.gaussian.local_loc.numel(), 1))
+        size = max(self.gaussian.local_loc.numel(), 1)
+        averaged = self.averaged or min(max(_LEAST, _AVERAGED // size), _MOST_AVERAGED)
         if len(globals_) <= averaged:
             return globals_, weights
-        equal = weights.new_full((averaged,), 1 / averaged)
-        if not numpy.ptp(self.globals_.log_weights):
-            return globals_[:averaged], equal  # the first of a quasi-random sequence are balanced
-        return self._resampled(averaged, torch.Generator().manual_seed(self.seed)), equal
+        some = self._resampled(averaged, torch.Generator().manual_seed(self.seed))
+        return some, self._calibrated(some, globals_, weights)
+
+    def _calibrated(self, some: Tensor, globals_: Tensor, weights: Tensor) -> Tensor:
+        r"""Weigh a part of the draws so that averages of the globals, and of their squares, are those of all draws.
+
+        With the features :math:`\phi` of a draw, the weights are :math:`1/S + \lambda^\top (\phi_s - \bar\phi)`: an
+        average over few draws misses what it does by chance, as far as a regression on the features knows it.
+
+        Reference: Deville & Särndal (1992), *Calibration estimators in survey sampling*, JASA 87(418).
+        """
+        scale, center = self.gaussian.precision.global_scale_tril, self.gaussian.global_loc
+        equal = weights.new_full((len(some),), 1 / len(some))
+
+        def features(at: Tensor) -> Tensor:
+            z = torch.linalg.solve_triangular(scale, (at - center).mT, upper=False).mT
+            return torch.cat([z, z**2], 1)[:, : len(some) // _EACH]
+
+        found, wanted = features(some), weights @ features(globals_)
+        centered = found - found.mean(0)
+        solved = torch.linalg.lstsq(centered.mT @ centered, (wanted - found.mean(0)).unsqueeze(-1), driver="gelsd")
+        return equal + (centered @ solved.solution).squeeze(-1)
 
     @cached_property
     @torch.no_grad()
@@ -203,31 +245,6 @@ class PosteriorDraws:
         """Shares ``(L, N)`` in a shape that broadcasts against a value ``(L, *shape)`` of a local site."""
         axis = 1 + self.unit_axis(name)
         return shares.reshape(len(shares), *(1,) * (axis - 1), -1, *(1,) * (value.dim() - axis - 1))
-
-
-def marginal_sample(
-    integrals: UnitIntegrals, rule: QuadratureRule, gaussian: LaplaceGaussian, seed: int, num_draws: int = 128
-) -> ImportanceSample:
-    """Draw globals from their marginal density.
-
-    :param UnitIntegrals integrals: of the model.
-    :param QuadratureRule rule: how the units are integrated over.
-    :param LaplaceGaussian gaussian: the first proposal, and where modes are about.
-    :param int seed: of the draws.
-    :param int num_draws: of the first round.
-    """
-    points = rule.points(gaussian.local_loc.shape[1], gaussian.global_loc)
-    integrals = integrals.loose() if len(points.points) > 1 else integrals
-    nested = NestedUnits(gaussian, integrals)
-
-    def log_density(draws: Vector) -> Vector:
-        globals_ = torch.from_numpy(draws).to(gaussian.global_loc)
-        start = nested.start(globals_)
-        return to_numpy(integrals.values(points, QuadraturePoints.log_integral, globals_, start).values)
-
-    with torch.no_grad():
-        sampler = ImportanceSampler(seed=seed, num_draws=num_draws)
-        return sampler(log_density, to_numpy(gaussian.global_loc), to_numpy(gaussian.precision.global_scale_tril))
 
 
 def gaussian_sample(gaussian: LaplaceGaussian, seed: int, num_draws: int = 1024) -> ImportanceSample:

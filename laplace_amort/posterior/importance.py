@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy
 import scipy.special
@@ -30,6 +31,8 @@ _KEPT, _K_KEPT = 0.3, 0.4
 _NEAR_NORMAL = 0.95
 # Draws of the first round for each dimension.
 _EACH = 24
+# More draws than the error asks for, as it is not known well.
+_SPARE = 1.25
 # Standard deviations of a proposal: how much wider than what was found it is made.
 _WIDER = 1.1
 _SINGULAR = "the draws do not spread in every direction, so proposals kept the scales of the curvature"
@@ -75,6 +78,39 @@ class ImportanceSample:
         centered = self.draws - self.mean()
         covariance: Vector = (self.weights[:, None] * centered).T @ centered
         return covariance
+
+    def reweighted(self, log_factors: Vector) -> ImportanceSample:
+        """Return the same draws as draws of another density, by what that is as a multiple of this one.
+
+        :param Vector log_factors: logarithms of the multiples, ``(S,)``. The error is that of the changes of moments.
+        """
+        log_weights = self.log_weights + numpy.nan_to_num(log_factors, nan=-numpy.inf)
+        total = float(scipy.special.logsumexp(log_weights))
+        weights = numpy.exp(log_weights - total)
+        sets = numpy.arange(len(weights)) % _SETS
+        return ImportanceSample(
+            draws=self.draws,
+            log_weights=log_weights - total,
+            k_hat=float(pareto_smoothed(log_weights).k_hat),
+            effective=float(1 / (weights**2).sum()),
+            error=_error_of_moments(self, weights - self.weights, sets),
+            log_integral=self.log_integral + total,
+            num_lost=int(numpy.isnan(log_factors).sum()),
+        )
+
+
+def _error_of_moments(found: ImportanceSample, shares: Vector, sets: Any) -> float:
+    """The standard error of the worst moment: what sets of draws pull it by, each on its own.
+
+    :param ImportanceSample found: has the draws.
+    :param Vector shares: what each draw pulls by, ``(S,)``.
+    :param sets: which each belongs to, ``(S,)``.
+    """
+    scale = numpy.sqrt(numpy.diag(found.covariance()).clip(min=numpy.finfo(float).tiny))
+    z = (found.draws - found.mean()) / scale
+    pulls = shares[:, None] * numpy.concatenate([z, (z**2 - 1) / 2], axis=1)
+    sums = numpy.array([pulls[sets == one].sum(0) for one in range(_SETS)])
+    return float((sums.std(0, ddof=1) * _SETS**0.5).max(initial=0.0))
 
 
 def normal_sample(loc: Vector, scale_tril: Vector, num_draws: int = 1024, seed: int = 0) -> ImportanceSample:
@@ -143,16 +179,11 @@ class _Mixture:
         return replace(found, error=self._error(found))
 
     def _error(self, found: ImportanceSample) -> float:
-        """The standard error of the worst moment: what the sets pull it by, each on its own."""
-        scale = numpy.sqrt(numpy.diag(found.covariance()).clip(min=numpy.finfo(float).tiny))
-        z = (found.draws - found.mean()) / scale
+        """The standard error of the worst moment, by parts of the sequence of each round, the same part of all."""
         # Equal weights would pull nothing where the draws have the moments of their proposal.
-        known = 1 / len(z) if self.is_normal else 0.0
-        pulls = (found.weights - known)[:, None] * numpy.concatenate([z, (z**2 - 1) / 2], axis=1)
-        # Parts of the sequence of each round, the same part of all rounds together.
+        known = 1 / len(found.draws) if self.is_normal else 0.0
         sets = numpy.concatenate([numpy.arange(len(own)) * _SETS // len(own) for own in self.draws])
-        sums = numpy.array([pulls[sets == one].sum(0) for one in range(_SETS)])
-        return float((sums.std(0, ddof=1) * _SETS**0.5).max())
+        return _error_of_moments(found, found.weights - known, sets)
 
 
 @dataclass(frozen=True)
@@ -183,12 +214,19 @@ class ImportanceSampler:
     max_draws: int = 8192
     seed: int = 0
 
-    def __call__(self, log_density: Callable[[Vector], Vector], loc: Vector, scale_tril: Vector) -> ImportanceSample:
+    def __call__(
+        self,
+        log_density: Callable[[Vector], Vector],
+        loc: Vector,
+        scale_tril: Vector,
+        rough: Callable[[Vector], Vector] | None = None,
+    ) -> ImportanceSample:
         """Draw, and weigh.
 
         :param log_density: of draws ``(S, d)``; returns ``(S,)``, NaN where it does not exist.
         :param Vector loc: ``(d,)``, near the mode.
         :param Vector scale_tril: lower triangular, ``(d, d)``: the scale there.
+        :param rough: about the same density, to look at along the axes; by default the density itself.
         """
         if len(loc) == 0:
             value = float(log_density(numpy.zeros((1, 0)))[0])
@@ -198,9 +236,9 @@ class ImportanceSampler:
         found = mixture.extended(Normal(loc, scale_tril), log_density, number, self.seed)
         if (found.effective >= _NEAR_NORMAL * number and self._suffices(found)) or number >= self.max_draws:
             return found
-        proposal = first = split_along_axes(log_density, loc, scale_tril)
+        proposal = first = split_along_axes(rough or log_density, loc, scale_tril)
         while True:
-            number = min(len(found.draws), self.max_draws - len(found.draws))
+            number = min(self._missing(found), self.max_draws - len(found.draws))
             found = mixture.extended(proposal, log_density, number, self.seed)
             if self._suffices(found) or len(found.draws) >= self.max_draws:
                 return replace(found, note=note)
@@ -213,6 +251,28 @@ class ImportanceSampler:
                 tril, said = _spread(found, scale_tril)
                 note = note or said
                 proposal = _fitted(found, tril)
+
+    def for_as_many(self, found: ImportanceSample, effective: float) -> ImportanceSampler:
+        """Return the same for about so many effective draws, of a density of which some are at hand.
+
+        :param ImportanceSample found: what this sampler found of it.
+        :param float effective: number of draws that are wanted, as good as equal ones.
+        """
+        number = min(self.max_draws, math.ceil(effective * len(found.draws) / max(found.effective, 1.0)))
+        if found.effective >= _NEAR_NORMAL * len(found.draws):  # one round does
+            return replace(self, num_draws=1 << (number - 1).bit_length())
+        first = 1 << ((number + 1) // 2 - 1).bit_length()
+        return replace(self, accuracy=0.0, num_draws=first, max_draws=2 * first)
+
+    def _missing(self, found: ImportanceSample) -> int:
+        """How many draws more it should take, a power of two, of which parts are balanced sets.
+
+        As many as there are at most, as the next proposal may be better.
+        """
+        most = wanted = len(found.draws)
+        if found.k_hat < K_GOOD and self.accuracy:
+            wanted = min(most, max(most // 4, int(_SPARE * most * ((found.error / self.accuracy) ** 2 - 1))))
+        return min(1 << (wanted - 1).bit_length(), 1 << (most.bit_length() - 1))
 
     def _suffices(self, found: ImportanceSample) -> bool:
         return found.error <= self.accuracy and found.k_hat < K_GOOD

@@ -28,8 +28,9 @@ from laplace_amort.autodiff import at_points, record
 from laplace_amort.errors import ModelError, ModeNotFoundError, RecordingError, StructureError
 from laplace_amort.model import UnitModel
 from laplace_amort.posterior.draws import PosteriorDraws
+from laplace_amort.posterior.known import distinct_rows
 from laplace_amort.posterior.unit_draws import NestedUnits, WeightedUnits
-from laplace_amort.units import GRID_DIM, GaussHermite, Laplace, QuadratureRule, StudentPoints, UnitIntegrals
+from laplace_amort.units import GRID_DIM, GaussHermite, Laplace, QuadraturePoints, QuadratureRule, StudentPoints
 
 __all__ = [
     "ConditionalLikelihood",
@@ -94,14 +95,14 @@ class MarginalLikelihood:
         :raises StructureError: if an observation depends on two units.
         :raises ModeNotFoundError: if a unit's mode was not found at some draw.
         """
+        rule = self.rule or rule_of(posterior)
         try:
-            integrals = _integrals_of(posterior)
+            units = _nested_units(posterior, rule)
         except StructureError as error:
             line = "to_arviz(log_likelihood=ConditionalLikelihood())"
             raise StructureError(f"{error}\nOr take the likelihood of each observation:\n    {line}") from error
-        distinct, inverse = _distinct(globals_)
-        start = NestedUnits(posterior.gaussian, integrals).start(distinct)
-        values = unit_log_likelihood(integrals, self.rule or rule_of(posterior), distinct, start)
+        distinct, inverse = distinct_rows(globals_)
+        values = unit_log_likelihood(units, rule, distinct)
         _refuse_lost_modes(values, distinct, posterior.gaussian.unit_model)
         return {"marginal": Pointwise(values[inverse], (posterior.gaussian.unit_model.layout.frame,))}
 
@@ -158,11 +159,13 @@ def _refuse_lost_modes(values: Tensor, globals_: Tensor, model: UnitModel) -> No
     )
 
 
-def _integrals_of(posterior: PosteriorDraws) -> UnitIntegrals:
+def _nested_units(posterior: PosteriorDraws, rule: QuadratureRule) -> NestedUnits:
+    """The units as the posterior knows them; of a Gaussian, as the rule does."""
     if isinstance(posterior.units, NestedUnits):
-        return posterior.units.integrals
+        return posterior.units
     gaussian = posterior.gaussian
-    return posterior.problem.integrals_of(gaussian.unit_model, gaussian.global_loc, gaussian.local_loc)
+    integrals = posterior.problem.integrals_of(gaussian.unit_model, gaussian.global_loc, gaussian.local_loc)
+    return NestedUnits(gaussian, integrals) if isinstance(rule, Laplace) else WeightedUnits(gaussian, integrals, rule)
 
 
 def rule_of(posterior: PosteriorDraws) -> QuadratureRule:
@@ -175,31 +178,17 @@ def rule_of(posterior: PosteriorDraws) -> QuadratureRule:
 
 
 @torch.no_grad()
-def unit_log_likelihood(integrals: UnitIntegrals, rule: QuadratureRule, globals_: Tensor, start: Tensor) -> Tensor:
+def unit_log_likelihood(units: NestedUnits, rule: QuadratureRule, globals_: Tensor) -> Tensor:
     r"""Return :math:`\log p(z_i \mid \theta)`, ``(S, N)``; NaN where a mode was not found.
 
-    :param UnitIntegrals integrals: of the model.
-    :param QuadratureRule rule: how units are integrated over.
+    :param NestedUnits units: given the globals.
+    :param QuadratureRule rule: how they are integrated over.
     :param Tensor globals_: ``(S, d)``.
-    :param Tensor start: a guess of the modes, ``(S, N, k)``.
     """
-    points = rule.points(start.shape[-1], globals_)
-    integrals = integrals.loose() if len(points.points) > 1 else integrals
-    density, parts = integrals.density, []
-    chunk = density.chunk(len(points.points))
-    for some, near in zip(globals_.split(chunk), start.split(chunk), strict=True):
-        there = integrals.conditionals(some, near)
-        values = points.log_integral(density.units_at(some, there.at(points.points))) + there.log_det()
-        parts.append(values.masked_fill(~there.found, torch.nan))
-    return torch.cat(parts)
-
-
-def _distinct(globals_: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows that differ, and which of them each row is."""
-    if not globals_.shape[1]:  # of which torch makes no rows
-        return globals_[:1], torch.zeros(len(globals_), dtype=torch.long, device=globals_.device)
-    distinct, inverse = torch.unique(globals_, dim=0, return_inverse=True)
-    return distinct, inverse
+    there = units.conditionals(globals_)
+    points = rule.points(there.mode.shape[-1], globals_)
+    values = units.integrals.units_reduced(globals_, there, points, QuadraturePoints.log_integral)
+    return (values + there.log_det()).masked_fill(~there.found, torch.nan)
 
 
 def _at_draws(function: Callable[[Tensor, Tensor], Tensor], globals_: Tensor, locals_: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ Each gives weighted points, for moments, and draws.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 import numpy
@@ -14,14 +14,23 @@ import torch
 from torch import Tensor
 
 from laplace_amort.guide import LaplaceGaussian
+from laplace_amort.posterior.known import KnownConditionals
 from laplace_amort.posterior.proposals import matched_normal
 from laplace_amort.types import Vector
-from laplace_amort.units import GRID_DIM, Conditionals, GaussHermite, QuadratureRule, UnitIntegrals, sobol_points
+from laplace_amort.units import (
+    GRID_DIM,
+    Conditionals,
+    GaussHermite,
+    Laplace,
+    QuadratureRule,
+    UnitIntegrals,
+    sobol_points,
+)
 
 __all__ = ["LinearUnits", "NestedUnits", "UnitPosterior", "WeightedPoints", "WeightedUnits"]
 
 # Points from which one draw of a unit is chosen: of one dimension, and of more.
-_CANDIDATES = 16, 64
+_CANDIDATES = 16, 32
 # Points for averages over a normal unit: along each of up to three dimensions, or in all.
 _GRID, _MATCHED = (9, 7, 5), 256
 
@@ -43,8 +52,13 @@ class UnitPosterior(Protocol):
     def points(self, globals_: Tensor) -> WeightedPoints:
         """Return points whose weighted averages are those of the posterior, at globals ``(S, d)``."""
 
-    def draw(self, globals_: Tensor, generator: torch.Generator) -> Tensor:
-        """Return a draw of all units at each of globals ``(S, d)``, ``(S, N, k)``."""
+    def draw(self, globals_: Tensor, which: Tensor, generator: torch.Generator) -> Tensor:
+        """Return draws of all units, ``(M, N, k)``.
+
+        :param Tensor globals_: ``(S, d)``.
+        :param Tensor which: for each draw, at which of these globals, ``(M,)``.
+        :param torch.Generator generator: of random numbers.
+        """
 
     def chunk(self) -> int:
         """How many globals to ask for at a time."""
@@ -63,9 +77,9 @@ class LinearUnits:
         """See :class:`UnitPosterior`."""
         return _normal_points(self._conditionals(globals_))
 
-    def draw(self, globals_: Tensor, generator: torch.Generator) -> Tensor:
+    def draw(self, globals_: Tensor, which: Tensor, generator: torch.Generator) -> Tensor:
         """See :class:`UnitPosterior`."""
-        return _normal_draw(self._conditionals(globals_), generator)
+        return _normal_draw(self._conditionals(globals_), which, generator)
 
     def chunk(self) -> int:
         """See :class:`UnitPosterior`."""
@@ -84,18 +98,26 @@ class NestedUnits:
 
     :param LaplaceGaussian gaussian: where the modes are about.
     :param UnitIntegrals integrals: of the model.
+
+    Attribute ``known``: what was found of the conditionals before; :func:`dataclasses.replace` makes it anew.
     """
 
     gaussian: LaplaceGaussian
     integrals: UnitIntegrals
+    known: KnownConditionals = field(default_factory=KnownConditionals, init=False, repr=False, compare=False)
+
+    @property
+    def how(self) -> QuadratureRule:
+        """How the units are integrated over."""
+        return Laplace()
 
     def points(self, globals_: Tensor) -> WeightedPoints:
         """See :class:`UnitPosterior`."""
         return _normal_points(self.conditionals(globals_))
 
-    def draw(self, globals_: Tensor, generator: torch.Generator) -> Tensor:
+    def draw(self, globals_: Tensor, which: Tensor, generator: torch.Generator) -> Tensor:
         """See :class:`UnitPosterior`."""
-        return _normal_draw(self.conditionals(globals_), generator)
+        return _normal_draw(self.conditionals(globals_), which, generator)
 
     def chunk(self) -> int:
         """See :class:`UnitPosterior`."""
@@ -103,12 +125,24 @@ class NestedUnits:
 
     def conditionals(self, globals_: Tensor) -> Conditionals:
         """Return modes and curvatures at globals ``(S, d)``."""
-        return self.integrals.conditionals(globals_, self.start(globals_))
+        return self.known.at(globals_, lambda new: self.search.conditionals(new, self.start(new)))
+
+    def by(self, rule: QuadratureRule) -> WeightedUnits:
+        """Return the same with points of a rule, around the modes that are known."""
+        other = WeightedUnits(self.gaussian, self.integrals, rule)
+        object.__setattr__(other, "known", self.known.copy())
+        return other
+
+    @property
+    def search(self) -> UnitIntegrals:
+        """What finds modes and curvatures."""
+        return self.integrals
 
     def start(self, globals_: Tensor) -> Tensor:
         """Guess the modes at globals ``(S, d)``, as ``(S, N, k)``."""
         gaussian = self.gaussian
-        return gaussian.local_loc + gaussian.precision.conditional_mean(globals_ - gaussian.global_loc)
+        linear = gaussian.local_loc + gaussian.precision.conditional_mean(globals_ - gaussian.global_loc)
+        return self.known.predicted(globals_, linear)
 
 
 @dataclass(frozen=True)
@@ -128,8 +162,8 @@ class WeightedUnits(NestedUnits):
         points = self.conditionals(globals_).at(rule.points)
         return WeightedPoints(points, rule.log_weights(self.integrals.density.units_at(globals_, points)))
 
-    def draw(self, globals_: Tensor, generator: torch.Generator) -> Tensor:
-        """See :class:`UnitPosterior`."""
+    def draw(self, globals_: Tensor, which: Tensor, generator: torch.Generator) -> Tensor:
+        """See :class:`UnitPosterior`. Draws at the same globals are chosen from the same candidates."""
         there = self.conditionals(globals_)
         points, log_density = self._candidates(there, generator)
         candidates = there.at(points)
@@ -138,14 +172,25 @@ class WeightedUnits(NestedUnits):
         log_ratios = torch.cat([density.units_at(*pair) for pair in pairs]) - log_density
         log_ratios = log_ratios.nan_to_num(nan=-torch.inf)
         log_ratios = log_ratios.masked_fill((log_ratios == -torch.inf).all(1, keepdim=True), 0.0)
-        uniform = torch.rand(log_ratios[:, :1].shape, generator=generator, dtype=torch.float64).to(log_ratios)
-        below = log_ratios.softmax(1).cumsum(1) < uniform
-        chosen = below.sum(1, keepdim=True).clamp(max=len(log_ratios[0]) - 1)
-        return candidates.gather(1, chosen.unsqueeze(-1).expand(-1, -1, -1, candidates.shape[-1])).squeeze(1)
+        cumulated = log_ratios.softmax(1).cumsum(1)
+        uniform = torch.rand(len(which), 1, log_ratios.shape[-1], generator=generator, dtype=torch.float64)
+        parts = [
+            (cumulated[some] < u).sum(1)
+            for some, u in zip(which.split(len(globals_)), uniform.to(cumulated).split(len(globals_)), strict=True)
+        ]
+        chosen = torch.cat(parts).clamp(max=candidates.shape[1] - 1)
+        units = torch.arange(candidates.shape[2], device=chosen.device)
+        return candidates[which.unsqueeze(-1), chosen, units]
 
-    def conditionals(self, globals_: Tensor) -> Conditionals:
-        """Return modes and curvatures at globals ``(S, d)``, as exact as points around them need be."""
-        return self.integrals.loose().conditionals(globals_, self.start(globals_))
+    @property
+    def how(self) -> QuadratureRule:
+        """How the units are integrated over."""
+        return self.rule
+
+    @property
+    def search(self) -> UnitIntegrals:
+        """What finds modes and curvatures, as exact as points around them need be."""
+        return self.integrals.loose()
 
     def chunk(self) -> int:
         """See :class:`UnitPosterior`."""
@@ -194,6 +239,7 @@ def _normal_points(there: Conditionals) -> WeightedPoints:
     return WeightedPoints(found, log_probs[:, None].expand(found.shape[:-1]))
 
 
-def _normal_draw(there: Conditionals, generator: torch.Generator) -> Tensor:
+def _normal_draw(there: Conditionals, which: Tensor, generator: torch.Generator) -> Tensor:
+    there = Conditionals(*(part[which] for part in there))
     noise = torch.randn(there.mode.shape, generator=generator, dtype=torch.float64).to(there.mode)
     return there.at(noise.unsqueeze(1)).squeeze(1)

@@ -32,9 +32,13 @@ __all__ = ["Conditionals", "Integrals", "Reduction", "UnitIntegrals", "UnitMomen
 
 # Newton decrement at which a search ends where points surround the mode: they need not do so exactly.
 _LOOSE = 1e-2
-# Steps after which globals whose units are all found leave the search, so that the others, a few as a rule, go on
-# alone; twice as many the next time.
-_ROUND = 8
+# Steps after which globals whose units are all found leave the search, so that the others go on alone; twice as many
+# the next time.
+_ROUND = 1
+# Newton decrement up to which a step that was not tried yet may be where the next round starts.
+_NEAR = 1.0
+# What the passes back of one evaluation of Newton's method take, as a multiple of the memory of a value.
+_PASSES = 5
 
 # From the values (S, Q, N) at the points of a rule to one number of each unit, (S, N).
 Reduction = Callable[[QuadraturePoints, Tensor], Tensor]
@@ -105,13 +109,18 @@ class UnitIntegrals:
         :param Tensor start: a guess of the modes, ``(S, N, k)``.
         """
         if not (torch.is_grad_enabled() and globals_.requires_grad):
-            return self._constants(globals_.detach(), start)
+            return self._constants_in_chunks(globals_.detach(), start)
         log_joint = self.density.sum_of_units
         result = self.mode.search(start.dtype)(log_joint, globals_, start.flatten(0, 1))
         # One Newton step with the curvature as a constant: it has the derivative of the mode.
         mode = result.at.local + blocks.cholesky_solve(result.gradient.unsqueeze(-1), result.at.factor).squeeze(-1)
         scale, failed = blocks.scale_tril(local_information(log_joint, globals_, mode)[1])
         return _conditionals(len(globals_), mode, scale, (result.status == ModeStatus.CONVERGED) & ~failed)
+
+    def _constants_in_chunks(self, globals_: Tensor, start: Tensor) -> Conditionals:
+        chunk = self.density.chunk(_PASSES)
+        parts = [self._constants(*some) for some in zip(globals_.split(chunk), start.split(chunk), strict=True)]
+        return parts[0] if len(parts) == 1 else Conditionals(*map(torch.cat, zip(*parts, strict=True)))
 
     def _constants(self, globals_: Tensor, start: Tensor) -> Conditionals:
         """Find the conditionals without a graph; globals leave the search as soon as all of their units are found."""
@@ -130,7 +139,8 @@ class UnitIntegrals:
         result = self.mode.search(start.dtype, max_steps)(self.density.sum_of_units, globals_, start.flatten(0, 1))
         # The curvature at the last point of the search is that at the mode, within the tolerance.
         found = (result.status == ModeStatus.CONVERGED) & result.at.concave
-        mode = result.at.local + result.at.step * found.unsqueeze(-1)
+        moves = found | (result.at.concave & (result.at.decrement < _NEAR))
+        mode = result.at.local + result.at.step * moves.unsqueeze(-1)
         there = _conditionals(len(globals_), mode, blocks.covariance_tril(result.at.factor), found)
         under_way = (result.status == ModeStatus.MAX_STEPS) | (result.status == ModeStatus.STALLED)
         return there, under_way.unflatten(0, (len(globals_), -1)).any(-1).nonzero().squeeze(-1)
@@ -144,7 +154,33 @@ class UnitIntegrals:
         :param Tensor globals_: ``(S, d)``.
         :param Tensor start: a guess of the modes, ``(S, N, k)``.
         """
-        return self._in_chunks(self._values, points, reduce, globals_, start)
+        return self.values_given(self.conditionals(globals_, start), points, reduce, globals_)
+
+    @torch.no_grad()
+    def values_given(
+        self, there: Conditionals, points: QuadraturePoints, reduce: Reduction, globals_: Tensor
+    ) -> Integrals:
+        """Return the marginal log density where the conditionals are known; see :meth:`values`.
+
+        :param Conditionals there: at these globals.
+        """
+        units = self.units_reduced(globals_, there, points, reduce) + there.log_det()
+        total = units.sum(-1) + self.density.shared_at(globals_, there.mode[0])
+        return Integrals(_where_found(total, there), globals_[:0], there.mode, ~there.found)
+
+    def units_reduced(
+        self, globals_: Tensor, there: Conditionals, points: QuadraturePoints, reduce: Reduction
+    ) -> Tensor:
+        """Reduce the terms of the units at the points of a rule to one number each, as ``(S, N)``.
+
+        :param Tensor globals_: ``(S, d)``.
+        :param Conditionals there: at these globals.
+        :param QuadraturePoints points: of the rule.
+        :param reduce: as in :meth:`values`.
+        """
+        chunk = self.density.chunk(len(points.points))
+        pieces = zip(globals_.split(chunk), *(part.split(chunk) for part in there), strict=True)
+        return torch.cat([reduce(points, self.units_at(some, Conditionals(*at), points)) for some, *at in pieces])
 
     def values_and_gradients(
         self, points: QuadraturePoints, reduce: Reduction, globals_: Tensor, start: Tensor
@@ -177,12 +213,6 @@ class UnitIntegrals:
 
     def _chunks(self, points: QuadraturePoints, num_globals: int) -> tuple[Tensor, ...]:
         return points.points.split(max(1, self.density.chunk() // num_globals))
-
-    def _values(self, points: QuadraturePoints, reduce: Reduction, globals_: Tensor, start: Tensor) -> Integrals:
-        there = self.conditionals(globals_, start)
-        values = reduce(points, self.units_at(globals_, there, points)) + there.log_det()
-        total = values.sum(-1) + self.density.shared_at(globals_, start[0])
-        return Integrals(_where_found(total, there), globals_[:0], there.mode, ~there.found)
 
     def _values_and_gradients(
         self, points: QuadraturePoints, reduce: Reduction, globals_: Tensor, start: Tensor

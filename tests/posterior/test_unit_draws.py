@@ -93,6 +93,11 @@ def errors(found, exact):
 # -------------------------------------------------------------------------------------------------------------- points
 
 
+def one_each(units, globals_, random):
+    """One draw of the units at each of the globals."""
+    return units.draw(globals_, torch.arange(len(globals_)), random)
+
+
 @pytest.mark.parametrize("which", [LinearUnits, NestedUnits, WeightedUnits])
 @pytest.mark.parametrize(
     "name", ["normal", "poisson_by_visit", "binomial_slopes", "categorical_probs", "crossed_items"]
@@ -104,7 +109,7 @@ def test_shapes(name, which):
     assert points.shape == (3, log_weights.shape[1], n, k)
     assert log_weights.shape[::2] == (3, n)
     torch.testing.assert_close(log_weights.exp().sum(1), torch.ones(3, n))
-    assert setting.units(which).draw(setting.globals_, generator()).shape == (3, n, k)
+    assert one_each(setting.units(which), setting.globals_, generator()).shape == (3, n, k)
     assert setting.units(which).chunk() >= 1
 
 
@@ -190,10 +195,10 @@ def test_draws_have_the_moments_of_the_points(name, which, number):
     whitened, random = [], generator()
     for some in chunks:
         mean, covariance = moments(*units.points(some))
-        off = units.draw(some, random) - mean
+        off = one_each(units, some, random) - mean
         if setting.gaussian.local_loc.shape[1] > 3:  # whose points are not exact
             covariance = torch.linalg.inv(setting.gaussian.precision.tail)
-            off = units.draw(some, random) - units._conditionals(some).mode
+            off = one_each(units, some, random) - units._conditionals(some).mode
         root = torch.linalg.cholesky(covariance).expand(len(some), -1, -1, -1)
         whitened.append(torch.linalg.solve_triangular(root, off.unsqueeze(-1), upper=False).flatten(1))
     z = torch.cat(whitened)
@@ -208,7 +213,7 @@ def largest_difference(units, setting, number=8000):
     k = setting.gaussian.local_loc.shape[1]
     points, log_weights = setting.grid(units, *((15.0, 4001) if k == 1 else (8.0, 241)))
     random, size = generator(), min(units.chunk(), 1000)
-    draws = torch.cat([units.draw(setting.globals_.expand(size, -1), random) for _ in range(number // size)])
+    draws = torch.cat([one_each(units, setting.globals_.expand(size, -1), random) for _ in range(number // size)])
     worst = 0.0
     for unit, axis in numpy.ndindex(*draws.shape[1:]):
         values, index = numpy.unique(points[0, :, unit, axis].numpy().round(9), return_inverse=True)
@@ -245,7 +250,7 @@ def test_draws_by_wrong_weights_are_found(monkeypatch):
 def test_seeds(which):
     setting = Setting("binomial_slopes")
     units, state = setting.units(which), torch.get_rng_state()
-    one, same, other = (units.draw(setting.globals_, generator(seed)) for seed in (3, 3, 4))
+    one, same, other = (one_each(units, setting.globals_, generator(seed)) for seed in (3, 3, 4))
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(one, same)
     assert (one != other).all()
@@ -283,19 +288,19 @@ def truncated(value):
 def test_nothing_is_drawn_where_there_is_no_density(value):
     """A normal that ends at 1: its mean is -phi(1) / Phi(1)."""
     units = truncated(value)
-    draws = units.draw(torch.zeros(500, 1), generator())
+    draws = one_each(units, torch.zeros(500, 1), generator())
     assert draws.max() < 1.0
     assert float(draws.mean()) == pytest.approx(-0.2876, abs=LIMIT * 0.8 / 1000**0.5)
 
 
 def test_single_precision():
     units = at_will(lambda theta, y: -((y - theta) ** 2).sum(-1) / 2, local_dim=2)
-    expected = units.draw(torch.zeros(3, 1), generator())
+    expected = one_each(units, torch.zeros(3, 1), generator())
     units = at_will(lambda theta, y: -((y - theta) ** 2).sum(-1) / 2, local_dim=2)
     for name in ("local_loc", "global_loc"):
         setattr(units.gaussian, name, getattr(units.gaussian, name).float())
     units.gaussian.precision.conditional_mean = lambda deviation: torch.zeros(len(deviation), 2, 2).float()
-    draws = units.draw(torch.zeros(3, 1).float(), generator())
+    draws = one_each(units, torch.zeros(3, 1).float(), generator())
     assert draws.dtype == torch.float32
     torch.testing.assert_close(draws.double(), expected, atol=1e-5, rtol=1e-5)
 

@@ -15,7 +15,7 @@ from laplace_amort.fitting.optimizers import Optimizer, TrustRegion, newton_decr
 from laplace_amort.guide import Head, KnownCurvature, LaplaceGaussian, MarginalCurvature, Problem, to_vector
 from laplace_amort.linalg import Whitening
 from laplace_amort.posterior import NestedUnits, Posterior, marginal_sample
-from laplace_amort.units import Laplace, NewtonMode, default_tolerance, laplace_marginal
+from laplace_amort.units import NewtonMode, default_tolerance, laplace_marginal
 
 __all__ = ["LaplaceFunction", "MarginalLaplace"]
 
@@ -54,8 +54,8 @@ class MarginalLaplace:
 
     def posterior(self, problem: Problem, gaussian: LaplaceGaussian, seed: int) -> Posterior:
         """Return the globals by importance sampling of this density, and the units as normal given each of them."""
-        globals_ = marginal_sample(problem.integrals, Laplace(), gaussian, seed)
-        return Posterior(problem, gaussian, globals_, NestedUnits(gaussian, problem.integrals), seed)
+        units = NestedUnits(gaussian, problem.integrals)
+        return Posterior(problem, gaussian, marginal_sample(units, seed), units, seed)
 
     def bind(self, problem: Problem) -> LaplaceFunction:
         """Return the objective for a guide and its data."""

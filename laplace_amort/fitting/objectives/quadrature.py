@@ -93,8 +93,8 @@ class MarginalQuadrature:
 
     def posterior(self, problem: Problem, gaussian: LaplaceGaussian, seed: int) -> Posterior:
         """Return globals by importance sampling of this density, and units by that of the model given each of them."""
-        globals_ = marginal_sample(problem.integrals, self.rule, gaussian, seed)
-        return Posterior(problem, gaussian, globals_, WeightedUnits(gaussian, problem.integrals, self.rule), seed)
+        units = WeightedUnits(gaussian, problem.integrals, self.rule)
+        return Posterior(problem, gaussian, marginal_sample(units, seed), units, seed)
 
 
 class QuadratureFunction(ObjectiveFunction):
