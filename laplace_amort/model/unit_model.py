@@ -11,7 +11,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from laplace_amort.autodiff import Recording, record
+from laplace_amort.autodiff import Arithmetic, Recording, record
 from laplace_amort.errors import ModelError
 from laplace_amort.model.handlers import SubsampledPlate
 from laplace_amort.model.layout import UnitLayout, find_layout
@@ -95,6 +95,13 @@ class UnitModel:
                 f"the model takes {plate.subsample_size} of {plate.size} {kind} of plate '{plate.name}' at a time, "
                 f"{rest}"
             )
+
+    def under(self, arithmetic: Arithmetic) -> UnitModel:
+        """Return the same model, run in another arithmetic."""
+        other = self.live()
+        other.density = self.density.under(arithmetic)
+        other.layout = find_layout(other.density.sites, self.layout.frame.name)
+        return other
 
     def live(self) -> UnitModel:
         """Return the same model as runs of its Python."""

@@ -25,7 +25,8 @@ def posterior_for(posterior: _Draws, args: tuple[Any, ...], kwargs: dict[str, An
     problem, fitted = posterior.problem, posterior.gaussian
     try:
         with poutine.block():
-            model, _ = UnitModels(problem.guide.model, problem.guide.unit_plate)(args, kwargs, {})
+            given, _ = UnitModels(problem.guide.model, problem.guide.unit_plate)(args, kwargs, {})
+            model = problem.numbers.of(given)
     except ModelError as error:
         raise ModelError(
             f"{error}\nHere the model needs the data of the new units; of units without any:\n"

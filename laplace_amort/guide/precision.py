@@ -1,0 +1,193 @@
+"""The numbers that a fit moves: those of the guide itself, or twins of them in double precision."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from laplace_amort.autodiff import Arithmetic, InDouble, narrowed
+from laplace_amort.errors import PrecisionError
+from laplace_amort.guide.auto import AutoLaplaceFamily
+from laplace_amort.guide.family import Family, gaussian_of
+from laplace_amort.guide.gaussian import LaplaceGaussian
+from laplace_amort.guide.heads import Head
+from laplace_amort.guide.warm_start import WarmStart
+from laplace_amort.model import UnitModel
+from laplace_amort.units import FreeMode, Mode, NewtonMode
+
+__all__ = ["Numbers", "OwnNumbers", "numbers_of"]
+
+# By what share of its terms a log joint may differ between two precisions: it is the same function.
+_SAME = 1e-2
+
+
+class Numbers(Protocol):
+    """What moves in a fit, and the model that takes it.
+
+    Attributes: ``family``, which makes a Gaussian of where the globals stand; ``model_parameters``, by name; and
+    ``reason``, why it is not in double precision, empty if it is.
+    """
+
+    family: Family
+    model_parameters: dict[str, Tensor]
+    reason: str
+
+    def of(self, model: UnitModel) -> UnitModel:
+        """Return a model of the guide's as one of these numbers."""
+
+    def hand_back(self) -> None:
+        """Put the guide, and the model's own parameters, where these numbers are."""
+
+
+class OwnNumbers:
+    """The numbers of the guide itself.
+
+    :param AutoLaplaceFamily guide: the guide.
+    :param dict model_parameters: of the model itself, by name.
+    :param str reason: why there are no others.
+    """
+
+    def __init__(self, guide: AutoLaplaceFamily, model_parameters: dict[str, Tensor], reason: str = "") -> None:
+        self.family: Any = guide
+        self.model_parameters = model_parameters
+        self.reason = reason
+
+    def of(self, model: UnitModel) -> UnitModel:
+        """Return the model as it is."""
+        return model
+
+    def hand_back(self) -> None:
+        """Do nothing: the guide is there."""
+
+
+class DoubleNumbers:
+    """Twins of the numbers of a guide in double precision: the guide moves when it is told to.
+
+    :param AutoLaplaceFamily guide: in a lower precision.
+    :param dict model_parameters: of the model itself, by name.
+    """
+
+    reason = ""
+
+    def __init__(self, guide: AutoLaplaceFamily, model_parameters: dict[str, Tensor]) -> None:
+        guide.follow_store()
+        self.guide = guide
+        self.model_parameters = {name: _twin(leaf) for name, leaf in model_parameters.items()}
+        self._pairs = [(leaf, self.model_parameters[name]) for name, leaf in model_parameters.items()]
+        self.arithmetic = InDouble(self._pairs)
+        self.family: Any = DoubleFamily(guide, self.arithmetic)
+        twins = dict(self.family.named_parameters())
+        self._pairs += [(leaf, twins[_name_of(name)]) for name, leaf in guide.named_parameters()]
+
+    def of(self, model: UnitModel) -> UnitModel:
+        """Return the model as it is in double precision."""
+        return model.under(self.arithmetic)
+
+    @torch.no_grad()
+    def hand_back(self) -> None:
+        """Round to the precision of the guide, and of the model's own parameters."""
+        for leaf, twin in self._pairs:
+            leaf.copy_(twin)
+        self.guide._warm_start.restore(self.family._warm_start.state())
+
+
+class DoubleFamily(nn.Module):
+    """The family of a guide in double precision, apart from Pyro's store.
+
+    :param AutoLaplaceFamily guide: after its first call.
+    :param arithmetic: in which functions of the user's are called.
+    """
+
+    def __init__(self, guide: AutoLaplaceFamily, arithmetic: Arithmetic) -> None:
+        super().__init__()
+        loc: Any = guide.loc
+        self.loc = _twin(loc)
+        parts = copy.deepcopy((guide.mode, guide.head_repair, guide.tail_repair, guide.head, guide._warm_start))
+        for part in parts:
+            if isinstance(part, nn.Module):
+                part.double()
+        mode: Any
+        mode, self.head_repair, self.tail_repair, self.head, warm_start = parts
+        self.mode = mode if isinstance(mode, NewtonMode | FreeMode) else _ModeInDouble(mode, arithmetic)
+        self._warm_start: WarmStart = warm_start
+        for name, leaf in guide.named_parameters():  # such as a subclass may have
+            if _name_of(name) not in dict(self.named_parameters()):
+                self.register_parameter(name.replace(".", "_"), _twin(leaf))
+
+    def gaussian_of(
+        self, unit_model: UnitModel, *, mode: Mode | None = None, head: Head | None = None
+    ) -> LaplaceGaussian:
+        """Return the Gaussian there; see :meth:`AutoLaplaceFamily.gaussian_of`."""
+        return gaussian_of(self, unit_model, mode or self.mode, head or self.head)
+
+
+class _ModeInDouble(nn.Module):
+    """A mode that calls a function of the user's with the arguments of the model, which have another precision."""
+
+    def __init__(self, mode: Any, arithmetic: Arithmetic) -> None:
+        super().__init__()
+        self.mode, self.arithmetic = mode, arithmetic
+
+    def prepare(self, start: Tensor) -> _ModeInDouble:
+        """Return itself: it is prepared."""
+        return self
+
+    def find(self, problem: UnitModel, global_: Tensor, start: Tensor) -> Tensor:
+        """Return the modes ``(N, k)`` at globals ``(d,)``."""
+        with self.arithmetic:
+            return self.mode.find(problem, global_, start)  # type: ignore[no-any-return]
+
+
+def _twin(leaf: Tensor) -> nn.Parameter:
+    return nn.Parameter(leaf.detach().double().clone(), requires_grad=leaf.requires_grad)
+
+
+def _name_of(name: str) -> str:
+    """The name in the twin of a parameter of a guide."""
+    return "loc" if name == "loc_unconstrained" else name
+
+
+def numbers_of(guide: AutoLaplaceFamily, model: UnitModel) -> Numbers:
+    """Return what a fit of a guide is to move: twins in double precision, unless the guide has that itself.
+
+    :param AutoLaplaceFamily guide: after its first call.
+    :param UnitModel model: of the guide, at the data.
+    """
+    own = model.density.parameters()
+    loc: Any = guide.loc
+    if loc.dtype == torch.float64:
+        return OwnNumbers(guide, own)
+    try:
+        numbers = DoubleNumbers(guide, own)
+        _check(numbers, model)
+    except Exception as error:  # whatever a model may raise that is not written for it
+        return OwnNumbers(guide, own, str(error).partition("\n")[0] or type(error).__name__)
+    return numbers
+
+
+@torch.no_grad()
+def _check(numbers: DoubleNumbers, model: UnitModel) -> None:
+    """Compare the model in double precision with what it is as it is written.
+
+    :raises PrecisionError: if it is another function there, or loses digits on the way.
+    """
+    loc: Any = numbers.guide.loc
+    family = numbers.family
+    local = numbers.guide._warm_start.at(model.units, loc.detach())
+    before = [terms for _, _, terms in model.terms(loc.detach(), local)]
+    wide = numbers.of(model)
+    after, operation = narrowed(lambda: [terms for _, _, terms in wide.terms(family.loc, local.double())])
+    if operation:
+        raise PrecisionError(f"it makes less than double precision of a number ({operation})")
+    size = _size(before)
+    difference = abs(sum(float(terms.double().sum()) for terms in before) - sum(float(t.sum()) for t in after))
+    if difference > _SAME * (1 + size):
+        raise PrecisionError(f"its log joint is another there, by {difference:.3g}")
+
+
+def _size(terms: Iterable[Tensor]) -> float:
+    return sum(float(part.double().abs().sum()) for part in terms)
