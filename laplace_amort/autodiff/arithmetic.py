@@ -25,6 +25,7 @@ _WIDE = {
     torch.complex32: torch.complex128,
     torch.complex64: torch.complex128,
 }
+_WIDE_TYPES = {f"torch.{kind}Tensor": torch.float64 for kind in ("Float", "Half", "BFloat16")}  # as Tensor.type has it
 # Operations that would make less of a number, and what is done instead.
 _INSTEAD: dict[Any, Any] = {
     Tensor.float: Tensor.double,
@@ -86,7 +87,7 @@ class InDouble:
     their exact values, and not converted afterwards.
 
     Do not use it around a function that does its arithmetic outside of torch's Python: what is scripted or compiled
-    keeps its precision. :func:`narrowed` sees it.
+    keeps the precision it was written in, as does NumPy. :func:`narrowed` sees where torch loses digits.
 
     :param leaves: pairs of a tensor, such as a parameter, and the one in double precision to take for it.
 
@@ -153,6 +154,8 @@ class _Converting(TorchFunctionMode):
             return self.converted(part)
         if isinstance(part, torch.dtype):
             return _WIDE.get(part, part)
+        if isinstance(part, str):
+            return _WIDE_TYPES.get(part, part)
         if type(part) in (list, tuple):
             return type(part)(self._wide(one) for one in part)
         return part
@@ -207,10 +210,10 @@ class _Narrowing(TorchDispatchMode):
         return False  # see the Recorder
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if not self.first:
+        with torch._C.DisableTorchFunction():  # or this would be told that everything is in double precision
+            result = func(*args, **(kwargs or {}))
             into = {part.dtype for part in tree_leaves((args, kwargs)) if isinstance(part, Tensor)}
             out = {part.dtype for part in tree_leaves(result) if isinstance(part, Tensor)}
-            if not into.isdisjoint(_WIDE.values()) and not out.isdisjoint(_WIDE):
-                self.first = str(func)
+        if not self.first and not into.isdisjoint(_WIDE.values()) and not out.isdisjoint(_WIDE):
+            self.first = str(func)
         return result

@@ -79,7 +79,10 @@ class Recorder(TorchDispatchMode):
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunction():  # what is done is at hand, whatever arithmetic it was asked for in
+            return self._write_down(func, args, kwargs or {})
+
+    def _write_down(self, func: Any, args: Any, kwargs: Any) -> Any:
         if not tree_any(self._is_variable, (args, kwargs)):
             result = func(*args, **kwargs)
             self.constants_made += [weakref.ref(part) for part in tree_leaves(result) if isinstance(part, Tensor)]

@@ -126,7 +126,9 @@ class FitResult:
 
     def summary(self) -> str:
         """Return a table of the globals in constrained space, with how the fit ended above it."""
-        return self.headline() if self.gaussian is None else f"{self.headline()}\n\n{globals_table(self.exact_gaussian())}"
+        return (
+            self.headline() if self.gaussian is None else f"{self.headline()}\n\n{globals_table(self.exact_gaussian())}"
+        )
 
     def __str__(self) -> str:
         return self.summary()
