@@ -31,8 +31,6 @@ _INSTEAD: dict[Any, Any] = {
     Tensor.float: Tensor.double,
     Tensor.half: Tensor.double,
     Tensor.bfloat16: Tensor.double,
-    Tensor.cfloat: Tensor.cdouble,
-    Tensor.chalf: Tensor.cdouble,
 }
 # Questions about a tensor that have the same answer in any precision, and need no copy to answer.
 _ABOUT = {

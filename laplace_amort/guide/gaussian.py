@@ -47,7 +47,7 @@ class LaplaceGaussian:
 
     def to(self, unit_model: UnitModel, dtype: torch.dtype) -> LaplaceGaussian:
         """Return the same Gaussian in another dtype, of the same model run in that."""
-        loc, local_loc, precision = (part.to(dtype) for part in (self.global_loc, self.local_loc, self.precision))
+        loc, local_loc, precision = self.global_loc.to(dtype), self.local_loc.to(dtype), self.precision.to(dtype)
         return replace(self, unit_model=unit_model, global_loc=loc, local_loc=local_loc, precision=precision)
 
     def sample_sites(self, prefix: str, plates: dict[str, Any]) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +23,21 @@ from laplace_amort.units import FreeMode, Mode, NewtonMode
 __all__ = ["Numbers", "OwnNumbers", "numbers_of"]
 
 
+class MovableFamily(Family, Protocol):
+    """A family with parameters."""
+
+    def parameters(self) -> Iterable[Tensor]:
+        """Return the parameters, those of its strategies too."""
+
+    def named_parameters(self) -> Iterable[tuple[str, Tensor]]:
+        """Return them with their names."""
+
+    def gaussian_of(
+        self, unit_model: UnitModel, *, mode: Mode | None = None, head: Head | None = None
+    ) -> LaplaceGaussian:
+        """Return the Gaussian where it stands."""
+
+
 class Numbers(Protocol):
     """What moves in a fit, and the model that takes it.
 
@@ -29,7 +45,7 @@ class Numbers(Protocol):
     ``reason``, why it is not in double precision, empty if it is.
     """
 
-    family: Family
+    family: MovableFamily
     model_parameters: dict[str, Tensor]
     reason: str
 
@@ -73,7 +89,7 @@ class DoubleNumbers:
     def __init__(self, guide: AutoLaplaceFamily, model_parameters: dict[str, Tensor]) -> None:
         guide.follow_store()
         self.guide = guide
-        self.model_parameters = {name: _twin(leaf) for name, leaf in model_parameters.items()}
+        self.model_parameters: dict[str, Tensor] = {name: _twin(leaf) for name, leaf in model_parameters.items()}
         self._pairs = [(leaf, self.model_parameters[name]) for name, leaf in model_parameters.items()]
         self.arithmetic = InDouble(self._pairs)
         self.family: Any = DoubleFamily(guide, self.arithmetic)
@@ -116,7 +132,8 @@ class DoubleFamily(nn.Module):
         self, unit_model: UnitModel, *, mode: Mode | None = None, head: Head | None = None
     ) -> LaplaceGaussian:
         """Return the Gaussian there; see :meth:`AutoLaplaceFamily.gaussian_of`."""
-        return gaussian_of(self, unit_model, mode or self.mode, head or self.head)
+        chosen: Any = mode or self.mode
+        return gaussian_of(self, unit_model, chosen, head or self.head)
 
 
 class _ModeInDouble(nn.Module):
@@ -133,7 +150,8 @@ class _ModeInDouble(nn.Module):
     def find(self, problem: UnitModel, global_: Tensor, start: Tensor) -> Tensor:
         """Return the modes ``(N, k)`` at globals ``(d,)``."""
         with self.arithmetic:
-            return self.mode.find(problem, global_, start)  # type: ignore[no-any-return]
+            found: Tensor = self.mode.find(problem, global_, start)
+            return found
 
 
 def _in_double(strategy: Any) -> Any:

@@ -90,7 +90,9 @@ def test_arguments_are_converted_in_lists_and_dictionaries_and_nothing_else():
     index, mask = torch.tensor([1]), torch.tensor([True])
     found = InDouble().of((TENTH, {"a": [TENTH.half(), index]}, mask, "text", None))
     assert found[0].dtype == found[1]["a"][0].dtype == torch.float64
-    assert found[1]["a"][1] is index and found[2] is mask and found[3:] == ("text", None)
+    assert found[1]["a"][1] is index
+    assert found[2] is mask
+    assert found[3:] == ("text", None)
 
 
 def test_a_leaf_has_a_twin_that_gets_the_gradient():
@@ -99,7 +101,8 @@ def test_a_leaf_has_a_twin_that_gets_the_gradient():
     with InDouble([(leaf, twin)]):
         value = (leaf * TENTH).sum()
     (gradient,) = torch.autograd.grad(value, twin)
-    assert torch.equal(gradient, EXACT) and value.dtype == torch.float64
+    assert torch.equal(gradient, EXACT)
+    assert value.dtype == torch.float64
     assert torch.equal(value, (twin * EXACT).sum())
 
 
@@ -117,7 +120,8 @@ def test_what_is_outside_is_written_to_as_it_is():
     with InDouble():
         memory += TENTH
         memory[0] = 5.0
-    assert memory.dtype == torch.float32 and memory.tolist()[0] == 5.0
+    assert memory.dtype == torch.float32
+    assert memory.tolist()[0] == 5.0
 
 
 def test_inside_itself_it_is_the_same_and_ends_once(monkeypatch):
@@ -152,7 +156,8 @@ def test_under_inference_mode_nothing_is_kept_that_a_graph_could_not_hold():
 
 def test_as_written_changes_nothing():
     with AsWritten() as none:
-        assert none is None and (TENTH * 1).dtype == torch.float32
+        assert none is None
+        assert (TENTH * 1).dtype == torch.float32
     assert AsWritten().of(TENTH) is TENTH
 
 
@@ -169,7 +174,8 @@ def test_as_written_changes_nothing():
 )
 def test_what_loses_digits_is_seen(function, said):
     found, operation = narrowed(function)
-    assert operation == said and isinstance(found, torch.Tensor)
+    assert operation == said
+    assert isinstance(found, torch.Tensor)
 
 
 def test_what_is_scripted_is_seen_inside_too():

@@ -43,7 +43,8 @@ def assert_twins(one, other, near=1e-6):
     scale = 1 + numpy.abs(points[1])
     assert (numpy.abs(points[0] - points[1]) / scale).max() < near
     assert abs(one.objective - other.objective) < near * (1 + abs(other.objective))
-    assert not one.problem.numbers.reason and one.problem.loc.dtype == DOUBLE
+    assert not one.problem.numbers.reason
+    assert one.problem.loc.dtype == DOUBLE
 
 
 @pytest.mark.parametrize("make", KINDS, ids=lambda make: make.__name__)
@@ -73,7 +74,8 @@ def test_parameters_of_the_model_end_as_their_twins_and_are_handed_back():
     store = {name: value.detach().clone() for name, value in pyro.get_param_store().items()}
     other = fitted(twins.parameters, DOUBLE, objective)
     assert_twins(one, other, near=1e-5)
-    assert store.keys() == dict(pyro.get_param_store().items()).keys() and len(store) == 5
+    assert store.keys() == dict(pyro.get_param_store().items()).keys()
+    assert len(store) == 5
     for name, value in pyro.get_param_store().items():
         assert store[name].dtype == SINGLE
         torch.testing.assert_close(store[name].double(), value.detach(), rtol=1e-4, atol=1e-5)
@@ -120,7 +122,7 @@ def test_what_comes_back_is_in_the_dtype_of_the_model(objective):
         "new units with data": posterior.posterior_for(2 * twins.COUNTS[:, :5]).mean(),
     }
     for door, values in doors.items():
-        assert values and {value.dtype for value in values.values()} == {SINGLE}, door
+        assert {value.dtype for value in values.values()} == {SINGLE}, door
     assert one.gaussian.global_loc.dtype == one.gaussian.precision.global_variance().dtype == SINGLE
     assert pyro.param("AutoLaplaceFamily.loc").dtype == DOUBLE  # of the twin, which was fitted last
     for name, value in exact.mean().items():
@@ -178,7 +180,8 @@ def test_a_saved_fit_goes_on_with_the_same_numbers(name, tmp_path, monkeypatch):
     first.save(tmp_path / "fit")
     guide = AutoLaplaceFamily(model)
     second = fit(model, guide, *args, objective=OBJECTIVES[name], resume=tmp_path / "fit", progress=False)
-    assert second.status is whole.status and second.objective == whole.objective
+    assert second.status is whole.status
+    assert second.objective == whole.objective
     assert torch.equal(second.problem.loc, whole.problem.loc)
 
 
@@ -186,7 +189,8 @@ def test_noisy_steps_are_in_the_dtype_of_the_guide_and_end_in_double():
     objective = Stochastic(lr=0.2, max_steps=400)
     one = fitted(twins.plain, SINGLE, objective)
     assert one.status in (FitStatus.CONVERGED, FitStatus.MAX_STEPS)
-    assert one.guide.loc.dtype == SINGLE and one.problem.loc.dtype == DOUBLE
+    assert one.guide.loc.dtype == SINGLE
+    assert one.problem.loc.dtype == DOUBLE
     assert torch.equal(one.guide.loc.detach(), one.problem.loc.float())
     exact = fitted(twins.plain, DOUBLE, FixedDrawELBO())
     sd = exact.gaussian.precision.global_variance().sqrt()
@@ -243,7 +247,8 @@ def test_what_does_not_run_in_double_stays_as_it_is_and_a_note_says_why(model, s
     result = fit(model, AutoLaplaceFamily(model), twins.Z, objective=MarginalLaplace(), progress=False)
     (note,) = [note for note in result.notes if said in note]
     assert note.startswith("computed in torch.float32, since the model does not run in double precision: ")
-    assert "torch.set_default_dtype(torch.float64)" in note and "data.double()" in note
+    assert "torch.set_default_dtype(torch.float64)" in note
+    assert "data.double()" in note
     assert result.problem.loc.dtype == result.gaussian.global_loc.dtype == SINGLE
     assert {value.dtype for value in result.posterior.mean().values()} == {SINGLE}
 
@@ -267,4 +272,6 @@ def test_the_line_of_the_note_gives_double_precision():
     seen[:], data = [torch.get_default_dtype()], eval(hint)
     pyro.clear_param_store()
     second = fit(model, AutoLaplaceFamily(model), data, objective=MarginalLaplace(), progress=False)
-    assert second.status.ok and not second.problem.numbers.reason and second.gaussian.global_loc.dtype == DOUBLE
+    assert second.status.ok
+    assert not second.problem.numbers.reason
+    assert second.gaussian.global_loc.dtype == DOUBLE
