@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import operator
-import sys
 import weakref
 from collections.abc import Callable, Sequence
-from types import FrameType
 from typing import Any
 
 import torch
@@ -14,15 +12,13 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_any, tree_leaves, tree_map_only
 
+from laplace_amort.autodiff.dependence import is_validating
 from laplace_amort.autodiff.simplify import simplified
 from laplace_amort.errors import RecordingError
 
 __all__ = ["InPlaceError", "Recorder", "nan_unless"]
 
 _aten = torch.ops.aten
-
-# Where torch's distributions check their parameters.
-_DISTRIBUTION_INIT = torch.distributions.Distribution.__init__.__code__
 
 
 class InPlaceError(RecordingError):
@@ -93,7 +89,7 @@ class Recorder(TorchDispatchMode):
         result = func(*args, **kwargs)
         if func is _aten._linalg_check_errors.default:  # raises unless all codes of a factorization are zero
             self.claims.append(self.graph.call_function(_aten.eq.Scalar, (node_args[0], 0)))
-        elif func is _aten._local_scalar_dense.default and result is True and _is_validating():
+        elif func is _aten._local_scalar_dense.default and result is True and is_validating():
             self.claims.append(node_args[0])
         elif tree_any(lambda part: isinstance(part, Tensor), result):
             self._name(result, self.graph.call_function(_INSTEAD.get(func, func), node_args, node_kwargs))
@@ -174,16 +170,6 @@ def _out_of_place(func: Any) -> Any:
 def nan_unless(result: Tensor, claim: Tensor) -> Tensor:
     """Return a result, NaN unless a claim holds everywhere: as a product, so that gradients are NaN as well."""
     return result * torch.where(claim.all(), 1.0, torch.nan).to(result)
-
-
-def _is_validating() -> bool:
-    """Whether it is a distribution that asks, of its parameters or of a value: where it does not hold, it raises."""
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None:
-        if frame.f_code.co_name == "_validate_sample" or frame.f_code is _DISTRIBUTION_INIT:
-            return True
-        frame = frame.f_back
-    return False
 
 
 def _merge_equal(graph: fx.Graph) -> None:

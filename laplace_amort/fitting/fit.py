@@ -213,6 +213,12 @@ def _notes(history: History, maximum: Maximum, gaussian: LaplaceGaussian | None)
         )
     if problem.not_recorded:
         notes.append(f"every evaluation ran the model in Python, which takes longer: {problem.not_recorded}")
+    if problem.not_at_once:
+        notes.append(
+            f"and for one point at a time, which takes 30 to 100 times as long: {problem.not_at_once}. Let the model "
+            "take dimensions on the left, by indices and products that count from the right:\n"
+            "    y[..., unit]        # for y[unit]\n    beta @ x.T          # for x @ beta"
+        )
     failures = [maximum.evaluation.failure, *(step.problem for step in history.steps[::-1])]
     failure = next((failure for failure in failures if failure), "")
     if failure and not maximum.status.ok:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -45,8 +46,8 @@ class Problem:
     It computes in double precision whatever that of guide and model is, on numbers of its own: the guide moves in
     :meth:`hand_back`. What cannot be run so is computed as it is written; ``numbers.reason`` says why.
 
-    Attributes: ``unit_model``, recorded where that is possible, and ``not_recorded``, the reason if it is not; and
-    ``given``, the model in its own precision.
+    Attributes: ``unit_model``, recorded where that is possible; ``not_recorded``, the reason if it is not, and
+    ``not_at_once``, why it is not even run for many points at once; and ``given``, the model in its own precision.
     """
 
     def __init__(self, guide: AutoLaplaceFamily, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -56,12 +57,20 @@ class Problem:
         self.numbers = numbers_of(guide, self.given)
         self.unit_model = self.numbers.of(self.given)
         self._first = self.memory()
-        self.not_recorded = ""
+        self.not_recorded = self.not_at_once = ""
         self._integrals: tuple[UnitModel, UnitIntegrals] | None = None
         try:
             self.unit_model = self.unit_model.recorded(self.loc, self.start)
         except RecordingError as error:
-            self.not_recorded = str(error)
+            self._do_without(str(error))
+
+    def _do_without(self, reason: str) -> None:
+        """Run the model as it is, since it is not recorded: for many points at once, where it takes them."""
+        self.unit_model, self.not_recorded = self.unit_model.live(), reason
+        try:
+            self.unit_model = self.unit_model.at_once(self.loc, self.start)
+        except RecordingError as error:
+            self.not_at_once = str(error)
 
     @property
     def loc(self) -> Tensor:
@@ -275,6 +284,8 @@ class Problem:
         :raises ModelError: if the model has a ``pyro.factor``, which no data can be drawn from.
         """
         live = self.unit_model.live()
+        with contextlib.suppress(RecordingError):
+            live = live.at_once(gaussian.global_loc, gaussian.local_loc)
         owners = unit_owners(live, gaussian.global_loc, gaussian.local_loc)
         values = live.constrain_global(gaussian.global_loc)
         while True:
@@ -292,7 +303,7 @@ class Problem:
             try:
                 recording.check(live.log_joint, self.loc, self.start)
             except RecordingError as error:
-                self.unit_model, self.not_recorded = live, str(error)
+                self._do_without(str(error))
                 return True
         return False
 

@@ -13,9 +13,11 @@ from torch import Tensor
 
 from laplace_amort.autodiff import Arithmetic, Recording, record
 from laplace_amort.errors import ModelError
+from laplace_amort.model.at_once import PointsOnTheLeft, points_on_the_left
 from laplace_amort.model.handlers import SubsampledPlate
 from laplace_amort.model.layout import UnitLayout, find_layout
 from laplace_amort.model.log_joint import LogJoint
+from laplace_amort.types import Density
 
 __all__ = ["Terms", "UnitModel", "UnitModels"]
 
@@ -49,6 +51,25 @@ class UnitModel:
         self.units = units
         self.recording: Recording | None = None
         self._recorded_terms: Callable[[Tensor, Tensor], list[Terms]] | None = None
+        self.points: PointsOnTheLeft | None = None  # how it takes many of them at once; None if it does not
+
+    def at_once(self, global_: Tensor, local: Tensor) -> UnitModel:
+        """Return the same model, run for many points at once where many are asked for.
+
+        :param Tensor global_: near which it is seen to take them, ``(d,)``.
+        :param Tensor local: ``(N, k)``.
+        :raises RecordingError: if it does not; see :mod:`~laplace_amort.model.at_once`.
+        """
+        other = self.live()
+        other.points = points_on_the_left(other, global_, local)
+        return other
+
+    @property
+    def many(self) -> Density:
+        """What is evaluated at many points: the recording, or the log joint."""
+        if self.recording is not None:
+            return self.recording
+        return self.log_joint if self.points is None else _LogJointAtOnce(self, self.points)
 
     def recorded(self, global_: Tensor, local: Tensor) -> UnitModel:
         """Return the same model as a recording of its tensor operations, for many evaluations with the same data.
@@ -132,6 +153,22 @@ class UnitModel:
         with pyro.validation_enabled(False):
             return self.density.terms(self.layout.to_sites(global_, local))
 
+    def density_terms_at(
+        self, how: PointsOnTheLeft, globals_: Tensor, locals_: Tensor
+    ) -> list[tuple[str, tuple[Any, ...], Tensor]]:
+        """Return the terms at many points ``(S, d)`` and ``(S, N, k)``, by site, each ``(S, *shape)``."""
+        if len(globals_) == 1:  # as it always is
+            return [(name, plates, values[None]) for name, plates, values in self.terms(globals_[0], locals_[0])]
+        with pyro.validation_enabled(False):
+            found = self.density.terms(how.sites(self.layout, globals_, locals_))
+        rows = how.rows((values for _, _, values in found), len(globals_))
+        return [(name, plates, values) for (name, plates, _), values in zip(found, rows, strict=True)]
+
+    def flat_terms_at(self, how: PointsOnTheLeft, globals_: Tensor, locals_: Tensor) -> list[Terms]:
+        """Return the terms of :meth:`flat_terms` at many points, each ``(S, n)``."""
+        found = self.density_terms_at(how, globals_, locals_)
+        return [self._flat(*site, locals_.shape[1], leading=1) for site in found]
+
     def flat_terms(self, global_: Tensor, local: Tensor) -> list[Terms]:
         """Return the terms that the log joint is the sum of, one for each unit where a site is in its plate.
 
@@ -142,12 +179,12 @@ class UnitModel:
             return self._recorded_terms(global_, local)
         return [self._flat(*site, len(local)) for site in self.terms(global_, local)]
 
-    def _flat(self, name: str, plates: tuple[Any, ...], values: Tensor, num_units: int) -> Terms:
-        frame = self.layout.frame
+    def _flat(self, name: str, plates: tuple[Any, ...], values: Tensor, num_units: int, leading: int = 0) -> Terms:
+        frame, rank = self.layout.frame, values.dim() - leading
         inside = any(plate.name == frame.name for plate in plates)
-        if not (inside and values.dim() >= -frame.dim and values.shape[frame.dim] == num_units):
-            return Terms(name, False, values if values.dim() == 1 else values.reshape(-1))
-        others = [axis for axis in range(-values.dim(), 0) if axis != frame.dim]
+        if not (inside and rank >= -frame.dim and values.shape[frame.dim] == num_units):
+            return Terms(name, False, values if rank == 1 else values.reshape(*values.shape[:leading], -1))
+        others = [axis for axis in range(-rank, 0) if axis != frame.dim]
         return Terms(name, True, values.sum(others) if others else values)
 
     def constrain_global(self, global_: Tensor) -> dict[str, Tensor]:
@@ -211,6 +248,27 @@ class UnitModel:
                 "Does poutine.block hide a latent from this guide, as in an AutoGuideList? Give the hidden site a "
                 "value:\n    AutoLaplaceFamily(poutine.condition(model, data={'site': value}))"
             )
+
+
+class _LogJointAtOnce:
+    """The log joint of a model that takes many points at once.
+
+    :param UnitModel model: the model.
+    :param PointsOnTheLeft how: how it takes them.
+    """
+
+    def __init__(self, model: UnitModel, how: PointsOnTheLeft) -> None:
+        self.model, self.how, self.num_bytes = model, how, how.num_bytes
+
+    def __call__(self, global_: Tensor, local: Tensor) -> Tensor:
+        """Evaluate at globals ``(d,)`` and units ``(N, k)``; returns a scalar."""
+        return self.model.log_joint(global_, local)
+
+    def at(self, globals_: Tensor, locals_: Tensor) -> Tensor:
+        """Evaluate at globals ``(S, d)`` and units ``(S, N, k)``, as ``(S,)``."""
+        found = self.model.density_terms_at(self.how, globals_, locals_)
+        total, *others = (values.reshape(len(globals_), -1).sum(1) for _, _, values in found)
+        return sum(others, total)
 
 
 def _named(

@@ -45,8 +45,9 @@ def _units_at(posterior: PosteriorDraws, gaussian: LaplaceGaussian) -> UnitPoste
     if not isinstance(posterior.units, NestedUnits):
         return LinearUnits(gaussian)
     model = gaussian.unit_model
-    with contextlib.suppress(RecordingError):
-        model = model.recorded(gaussian.global_loc, gaussian.local_loc)
+    for faster in (model.at_once, model.recorded):  # the better of them, if there is one
+        with contextlib.suppress(RecordingError):
+            model = faster(gaussian.global_loc, gaussian.local_loc)
     integrals = posterior.problem.integrals_of(model, gaussian.global_loc, gaussian.local_loc)
     return dataclasses.replace(posterior.units, gaussian=gaussian, integrals=integrals)
 
