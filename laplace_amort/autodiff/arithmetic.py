@@ -165,13 +165,14 @@ class _Converting(TorchFunctionMode):
         if id(tensor) in self.twins:
             return self.twins[id(tensor)]
         wide: Tensor
-        if tensor.requires_grad or _is_passing():
+        if tensor.requires_grad or tensor.is_inference():
             wide = tensor.to(_WIDE[tensor.dtype])
             return wide
         version, wide = self.constants.get(tensor, (None, tensor))
         if version != tensor._version:
             wide = tensor.to(_WIDE[tensor.dtype])
-            self.constants[tensor] = tensor._version, wide
+            if not _is_passing():
+                self.constants[tensor] = tensor._version, wide
         return wide
 
 

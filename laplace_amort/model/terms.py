@@ -32,7 +32,7 @@ from torch import Tensor
 
 from laplace_amort.autodiff import SeparableDensity, nearby, record
 from laplace_amort.errors import RecordingError, StructureError
-from laplace_amort.model.at_once import PointsOnTheLeft
+from laplace_amort.model.at_once import ManyPoints
 from laplace_amort.model.unit_model import Terms, UnitModel
 
 __all__ = ["separated", "unit_owners", "unit_terms"]
@@ -99,12 +99,10 @@ class _Part:
 class _PartAtOnce(_Part):
     """The same of a model that takes many points at once.
 
-    :param PointsOnTheLeft how: how it takes them.
+    :param ManyPoints how: how it takes them.
     """
 
-    def __init__(
-        self, add: Callable[..., Tensor], model: UnitModel, owners: list[Tensor], how: PointsOnTheLeft
-    ) -> None:
+    def __init__(self, add: Callable[..., Tensor], model: UnitModel, owners: list[Tensor], how: ManyPoints) -> None:
         super().__init__(add, model, owners)
         self.how, self.num_bytes = how, how.num_bytes
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from laplace_amort.autodiff import Arithmetic, Recording, record
 from laplace_amort.errors import ModelError
-from laplace_amort.model.at_once import PointsOnTheLeft, points_on_the_left
+from laplace_amort.model.at_once import ManyPoints, many_points
 from laplace_amort.model.handlers import SubsampledPlate
 from laplace_amort.model.layout import UnitLayout, find_layout
 from laplace_amort.model.log_joint import LogJoint
@@ -51,7 +51,7 @@ class UnitModel:
         self.units = units
         self.recording: Recording | None = None
         self._recorded_terms: Callable[[Tensor, Tensor], list[Terms]] | None = None
-        self.points: PointsOnTheLeft | None = None  # how it takes many of them at once; None if it does not
+        self.points: ManyPoints | None = None  # how it takes many of them at once; None if it does not
 
     def at_once(self, global_: Tensor, local: Tensor) -> UnitModel:
         """Return the same model, run for many points at once where many are asked for.
@@ -61,7 +61,7 @@ class UnitModel:
         :raises RecordingError: if it does not; see :mod:`~laplace_amort.model.at_once`.
         """
         other = self.live()
-        other.points = points_on_the_left(other, global_, local)
+        other.points = many_points(other, global_, local)
         return other
 
     @property
@@ -154,17 +154,14 @@ class UnitModel:
             return self.density.terms(self.layout.to_sites(global_, local))
 
     def density_terms_at(
-        self, how: PointsOnTheLeft, globals_: Tensor, locals_: Tensor
+        self, how: ManyPoints, globals_: Tensor, locals_: Tensor
     ) -> list[tuple[str, tuple[Any, ...], Tensor]]:
         """Return the terms at many points ``(S, d)`` and ``(S, N, k)``, by site, each ``(S, *shape)``."""
         if len(globals_) == 1:  # as it always is
             return [(name, plates, values[None]) for name, plates, values in self.terms(globals_[0], locals_[0])]
-        with pyro.validation_enabled(False):
-            found = self.density.terms(how.sites(self.layout, globals_, locals_))
-        rows = how.rows((values for _, _, values in found), len(globals_))
-        return [(name, plates, values) for (name, plates, _), values in zip(found, rows, strict=True)]
+        return how.terms(self, globals_, locals_)
 
-    def flat_terms_at(self, how: PointsOnTheLeft, globals_: Tensor, locals_: Tensor) -> list[Terms]:
+    def flat_terms_at(self, how: ManyPoints, globals_: Tensor, locals_: Tensor) -> list[Terms]:
         """Return the terms of :meth:`flat_terms` at many points, each ``(S, n)``."""
         found = self.density_terms_at(how, globals_, locals_)
         return [self._flat(*site, locals_.shape[1], leading=1) for site in found]
@@ -254,10 +251,10 @@ class _LogJointAtOnce:
     """The log joint of a model that takes many points at once.
 
     :param UnitModel model: the model.
-    :param PointsOnTheLeft how: how it takes them.
+    :param ManyPoints how: how it takes them.
     """
 
-    def __init__(self, model: UnitModel, how: PointsOnTheLeft) -> None:
+    def __init__(self, model: UnitModel, how: ManyPoints) -> None:
         self.model, self.how, self.num_bytes = model, how, how.num_bytes
 
     def __call__(self, global_: Tensor, local: Tensor) -> Tensor:

@@ -44,12 +44,17 @@ def _units_at(posterior: PosteriorDraws, gaussian: LaplaceGaussian) -> UnitPoste
     """Say of new units what the posterior says of those of the fit."""
     if not isinstance(posterior.units, NestedUnits):
         return LinearUnits(gaussian)
-    model = gaussian.unit_model
-    for faster in (model.at_once, model.recorded):  # the better of them, if there is one
-        with contextlib.suppress(RecordingError):
-            model = faster(gaussian.global_loc, gaussian.local_loc)
+    model = _for_many(gaussian)
     integrals = posterior.problem.integrals_of(model, gaussian.global_loc, gaussian.local_loc)
     return dataclasses.replace(posterior.units, gaussian=gaussian, integrals=integrals)
+
+
+def _for_many(gaussian: LaplaceGaussian) -> UnitModel:
+    """The model as it is evaluated fastest at many points."""
+    for faster in (gaussian.unit_model.recorded, gaussian.unit_model.at_once):
+        with contextlib.suppress(RecordingError):
+            return faster(gaussian.global_loc, gaussian.local_loc)
+    return gaussian.unit_model
 
 
 def _check_layout(fitted: UnitModel, model: UnitModel) -> None:
