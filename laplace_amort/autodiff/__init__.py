@@ -1,8 +1,8 @@
 """Functions of globals and units, and their derivatives: two paths, information, recordings."""
 
 from laplace_amort.autodiff.arithmetic import Arithmetic, AsWritten, InDouble, narrowed
-from laplace_amort.autodiff.batching import AtOnce, Gradients, SeparableDensity, at_points, values_and_gradients
-from laplace_amort.autodiff.dependence import Run, watched
+from laplace_amort.autodiff.batching import Gradients, SeparableDensity, at_points, values_and_gradients
+from laplace_amort.autodiff.dependence import watched
 from laplace_amort.autodiff.derivatives import differentiate, refuse_without_autograd, reverse_passes
 from laplace_amort.autodiff.graph import ancestors_of
 from laplace_amort.autodiff.information import (
@@ -26,14 +26,12 @@ __all__ = [
     "Arithmetic",
     "ArrowheadBlocks",
     "AsWritten",
-    "AtOnce",
     "DualPath",
     "DualPathParam",
     "FirstDerivatives",
     "Gradients",
     "InDouble",
     "Recording",
-    "Run",
     "SeparableDensity",
     "ancestors_of",
     "arrowhead_information",

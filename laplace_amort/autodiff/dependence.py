@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_any, tree_leaves
 
 __all__ = ["Run", "is_validating", "watched"]
 
+_READ = {Tensor.tolist, Tensor.numpy, Tensor.__array__}
 # Where torch's distributions check their parameters.
 _DISTRIBUTION_INIT = torch.distributions.Distribution.__init__.__code__
 
@@ -39,7 +41,7 @@ def watched(function: Callable[..., Any], *arguments: Tensor) -> Run:
     :param arguments: its arguments.
     """
     seen = _Watching(arguments)
-    with seen:
+    with seen, _Reading(seen):
         result = function(*arguments)
     return Run(result, seen.looked, seen.num_bytes)
 
@@ -71,6 +73,19 @@ class _Watching(TorchDispatchMode):
 
     def _follows(self, part: Any) -> bool:
         return isinstance(part, Tensor) and id(part) in self.followed
+
+
+class _Reading(TorchFunctionMode):
+    """Look for values that leave torch without an operation."""
+
+    def __init__(self, seen: _Watching) -> None:
+        super().__init__()
+        self.seen = seen
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _READ and tree_any(self.seen._follows, args):
+            self.seen.looked = self.seen.looked or f"Tensor.{func.__name__}"
+        return func(*args, **(kwargs or {}))
 
 
 def is_validating() -> bool:

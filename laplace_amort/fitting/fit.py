@@ -215,8 +215,8 @@ def _notes(history: History, maximum: Maximum, gaussian: LaplaceGaussian | None)
         notes.append(f"every evaluation ran the model in Python, which takes longer: {problem.not_recorded}")
     if problem.not_at_once:
         notes.append(
-            f"and for one point at a time, which takes up to 100 times as long: {problem.not_at_once}. Leave branches to "
-            "torch; and where a tensor is written to in place, count its dimensions from the right:\n"
+            f"and for one point at a time, which takes up to 100 times as long: {problem.not_at_once}. Leave branches "
+            "to torch; and where a tensor is written to in place, count its dimensions from the right:\n"
             "    torch.where(mu > 0, a, b)      # for: a if mu > 0 else b\n"
             "    p[..., 0] = y[..., unit]       # for: p[0] = y[unit]"
         )

@@ -35,12 +35,11 @@ _Terms = list[tuple[str, tuple[Any, ...], Tensor]]
 
 
 class ManyPoints(Protocol):
-    """How a model takes many points at once.
+    """How a model takes many points at once."""
 
-    Attribute: ``num_bytes``, memory that the results of all operations take at one point.
-    """
-
-    num_bytes: int
+    @property
+    def num_bytes(self) -> int:
+        """Memory that the results of all operations take at one point."""
 
     def terms(self, model: Any, globals_: Tensor, locals_: Tensor) -> _Terms:
         """Return the terms of a model at globals ``(S, d)`` and units ``(S, N, k)``, by site, each ``(S, *shape)``."""
@@ -121,9 +120,7 @@ class _Trial(NamedTuple):
         :raises RecordingError: if it is not, with the reason.
         """
         try:
-            run = watched(
-                lambda *points: [v for _, _, v in how.terms(self.model, *points)], self.globals_, self.locals_
-            )
+            run = watched(lambda *points: how.terms(self.model, *points), self.globals_, self.locals_)
             if run.looked:
                 raise RecordingError(f"its Python would look at a latent of all points together ({run.looked})")
             _compare(self.model, how, self.globals_, self.locals_)
