@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from laplace_amort.autodiff import Arithmetic, Recording, record
-from laplace_amort.errors import ModelError
+from laplace_amort.errors import ModelError, RecordingError
 from laplace_amort.model.at_once import ManyPoints, many_points
 from laplace_amort.model.handlers import SubsampledPlate
 from laplace_amort.model.layout import UnitLayout, find_layout
@@ -160,6 +160,12 @@ class UnitModel:
         if len(globals_) == 1:  # as it always is
             return [(name, plates, values[None]) for name, plates, values in self.terms(globals_[0], locals_[0])]
         return how.terms(self, globals_, locals_)
+
+    def terms_at(self, globals_: Tensor, locals_: Tensor) -> list[tuple[str, tuple[Any, ...], Tensor]]:
+        """Return the terms of :meth:`terms` at many points, each ``(S, *shape)``, of a model that takes many."""
+        if self.points is None:
+            raise RecordingError("this model was not seen to take many points at once: at_once(global_, local)")
+        return self.density_terms_at(self.points, globals_, locals_)
 
     def flat_terms_at(self, how: ManyPoints, globals_: Tensor, locals_: Tensor) -> list[Terms]:
         """Return the terms of :meth:`flat_terms` at many points, each ``(S, n)``."""
