@@ -24,7 +24,7 @@ from torch import Tensor
 from laplace_amort.autodiff import nearby, watched
 from laplace_amort.errors import LaplaceAmortError, RecordingError
 
-__all__ = ["ManyPoints", "MappedRuns", "PointsOnTheLeft", "many_points"]
+__all__ = ["LogJointAtOnce", "ManyPoints", "MappedRuns", "PointsOnTheLeft", "many_points"]
 
 # Points at which runs are compared, at least, and the shares of a normal deviate that they are away from the first.
 _LEAST, _AWAY = 3, (0.05, 0.5)
@@ -100,6 +100,27 @@ class PointsOnTheLeft:
                     f"terms of shape {tuple(shape)} come in shape {tuple(values.shape)} for {num_points} points"
                 )
             yield values.reshape(found[0], *shape).expand(num_points, *shape)
+
+
+class LogJointAtOnce:
+    """The log joint of a model that takes many points at once.
+
+    :param UnitModel model: the model.
+    :param ManyPoints how: how it takes them.
+    """
+
+    def __init__(self, model: Any, how: ManyPoints) -> None:
+        self.model, self.how, self.num_bytes = model, how, how.num_bytes
+
+    def __call__(self, global_: Tensor, local: Tensor) -> Tensor:
+        """Evaluate at globals ``(d,)`` and units ``(N, k)``; returns a scalar."""
+        return self.model.log_joint(global_, local)
+
+    def at(self, globals_: Tensor, locals_: Tensor) -> Tensor:
+        """Evaluate at globals ``(S, d)`` and units ``(S, N, k)``, as ``(S,)``."""
+        found = self.model.density_terms_at(self.how, globals_, locals_)
+        total, *others = (values.reshape(len(globals_), -1).sum(1) for _, _, values in found)
+        return sum(others, total)
 
 
 class _Trial(NamedTuple):

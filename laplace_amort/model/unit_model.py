@@ -13,7 +13,7 @@ from torch import Tensor
 
 from laplace_amort.autodiff import Arithmetic, Recording, record
 from laplace_amort.errors import ModelError, RecordingError
-from laplace_amort.model.at_once import ManyPoints, many_points
+from laplace_amort.model.at_once import LogJointAtOnce, ManyPoints, many_points
 from laplace_amort.model.handlers import SubsampledPlate
 from laplace_amort.model.layout import UnitLayout, find_layout
 from laplace_amort.model.log_joint import LogJoint
@@ -69,7 +69,7 @@ class UnitModel:
         """What is evaluated at many points: the recording, or the log joint."""
         if self.recording is not None:
             return self.recording
-        return self.log_joint if self.points is None else _LogJointAtOnce(self, self.points)
+        return self.log_joint if self.points is None else LogJointAtOnce(self, self.points)
 
     def recorded(self, global_: Tensor, local: Tensor) -> UnitModel:
         """Return the same model as a recording of its tensor operations, for many evaluations with the same data.
@@ -251,27 +251,6 @@ class UnitModel:
                 "Does poutine.block hide a latent from this guide, as in an AutoGuideList? Give the hidden site a "
                 "value:\n    AutoLaplaceFamily(poutine.condition(model, data={'site': value}))"
             )
-
-
-class _LogJointAtOnce:
-    """The log joint of a model that takes many points at once.
-
-    :param UnitModel model: the model.
-    :param ManyPoints how: how it takes them.
-    """
-
-    def __init__(self, model: UnitModel, how: ManyPoints) -> None:
-        self.model, self.how, self.num_bytes = model, how, how.num_bytes
-
-    def __call__(self, global_: Tensor, local: Tensor) -> Tensor:
-        """Evaluate at globals ``(d,)`` and units ``(N, k)``; returns a scalar."""
-        return self.model.log_joint(global_, local)
-
-    def at(self, globals_: Tensor, locals_: Tensor) -> Tensor:
-        """Evaluate at globals ``(S, d)`` and units ``(S, N, k)``, as ``(S,)``."""
-        found = self.model.density_terms_at(self.how, globals_, locals_)
-        total, *others = (values.reshape(len(globals_), -1).sum(1) for _, _, values in found)
-        return sum(others, total)
 
 
 def _named(
