@@ -19,6 +19,7 @@ __all__ = [
     "PathError",
     "PathLeakError",
     "PathMissingWarning",
+    "PrecisionError",
     "RecordingError",
     "ResumeError",
     "StructureError",
@@ -59,6 +60,10 @@ class StructureError(LaplaceAmortError, ValueError):
 
 class RecordingError(LaplaceAmortError, RuntimeError):
     """A log joint cannot be recorded as a fixed list of tensor operations; a fit then runs the model itself."""
+
+
+class PrecisionError(LaplaceAmortError, ArithmeticError):
+    """A model is another function in double precision, or loses digits there."""
 
 
 class ResumeError(LaplaceAmortError, ValueError):

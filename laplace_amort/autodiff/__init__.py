@@ -1,7 +1,9 @@
 """Functions of globals and units, and their derivatives: two paths, information, recordings."""
 
+from laplace_amort.autodiff.arithmetic import Arithmetic, AsWritten, InDouble, narrowed
 from laplace_amort.autodiff.batching import Gradients, SeparableDensity, at_points, values_and_gradients
 from laplace_amort.autodiff.constants import state_of
+from laplace_amort.autodiff.dependence import watched
 from laplace_amort.autodiff.derivatives import differentiate, refuse_without_autograd, reverse_passes
 from laplace_amort.autodiff.graph import ancestors_of
 from laplace_amort.autodiff.information import (
@@ -23,11 +25,14 @@ from laplace_amort.autodiff.structure import check_structure
 
 __all__ = [
     "CURVATURE",
+    "Arithmetic",
     "ArrowheadBlocks",
+    "AsWritten",
     "DualPath",
     "DualPathParam",
     "FirstDerivatives",
     "Gradients",
+    "InDouble",
     "Recording",
     "SeparableDensity",
     "ancestors_of",
@@ -42,6 +47,7 @@ __all__ = [
     "is_dual_edge",
     "local_curvature",
     "local_information",
+    "narrowed",
     "nearby",
     "observed_information",
     "record",
@@ -51,4 +57,5 @@ __all__ = [
     "state_of",
     "subsample_information",
     "values_and_gradients",
+    "watched",
 ]

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import operator
-import sys
 import weakref
 from collections.abc import Callable, Sequence
-from types import FrameType
 from typing import Any
 
 import torch
@@ -15,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_any, tree_leaves, tree_map_only
 
 from laplace_amort.autodiff.constants import Seen
+from laplace_amort.autodiff.dependence import is_validating
 from laplace_amort.autodiff.operations import Operations
 from laplace_amort.autodiff.simplify import simplified
 from laplace_amort.errors import RecordingError
@@ -22,9 +21,6 @@ from laplace_amort.errors import RecordingError
 __all__ = ["InPlaceError", "Recorder", "nan_unless"]
 
 _aten = torch.ops.aten
-
-# Where torch's distributions check their parameters.
-_DISTRIBUTION_INIT = torch.distributions.Distribution.__init__.__code__
 
 
 class InPlaceError(RecordingError):
@@ -85,7 +81,10 @@ class Recorder(TorchDispatchMode):
         return False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunction():  # what is done is at hand, whatever arithmetic it was asked for in
+            return self._write_down(func, args, kwargs or {})
+
+    def _write_down(self, func: Any, args: Any, kwargs: Any) -> Any:
         parts = [part for part in tree_leaves((args, kwargs)) if isinstance(part, Tensor)]
         if not any(map(self._is_variable, parts)):
             for part in parts:
@@ -99,7 +98,7 @@ class Recorder(TorchDispatchMode):
         result = func(*args, **kwargs)
         if func is _aten._linalg_check_errors.default:  # raises unless all codes of a factorization are zero
             self.claims.append(self.graph.call_function(_aten.eq.Scalar, (node_args[0], 0)))
-        elif func is _aten._local_scalar_dense.default and result is True and _is_validating():
+        elif func is _aten._local_scalar_dense.default and result is True and is_validating():
             self.claims.append(node_args[0])
         elif tree_any(lambda part: isinstance(part, Tensor), result):
             self._name(result, self.graph.call_function(_INSTEAD.get(func, func), node_args, node_kwargs))
@@ -201,16 +200,6 @@ def _out_of_place(func: Any) -> Any:
 def nan_unless(result: Tensor, claim: Tensor) -> Tensor:
     """Return a result, NaN unless a claim holds everywhere: as a product, so that gradients are NaN as well."""
     return result * torch.where(claim.all(), 1.0, torch.nan).to(result)
-
-
-def _is_validating() -> bool:
-    """Whether it is a distribution that asks, of its parameters or of a value: where it does not hold, it raises."""
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None:
-        if frame.f_code.co_name == "_validate_sample" or frame.f_code is _DISTRIBUTION_INIT:
-            return True
-        frame = frame.f_back
-    return False
 
 
 def _merge_equal(graph: fx.Graph) -> None:

@@ -41,7 +41,7 @@ class Report:
             return None
         try:
             if result.status is FitStatus.INTERRUPTED:
-                return FixedDrawELBO().posterior(result.problem, result.gaussian, result.seed)
+                return FixedDrawELBO().posterior(result.problem, result.exact_gaussian(), result.seed)
             return result.posterior
         except (*NUMERICAL_ERRORS, ValueError) as error:
             self.problem = f"there is no posterior: {error}"

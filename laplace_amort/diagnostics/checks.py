@@ -133,14 +133,12 @@ def _compared(name: str, found: Comparison, bounds: Accuracy, than: str) -> Find
 
 
 def gaussian_of(result: FitResult) -> LaplaceGaussian:
-    """Return the Gaussian of a fit.
+    """Return the Gaussian of a fit, as it was computed.
 
     :param FitResult result: the fit.
     :raises ValueError: if it ended where there is no posterior.
     """
-    if result.gaussian is None:
-        raise ValueError(f"there is no posterior: {result.status}")
-    return result.gaussian
+    return result.exact_gaussian()
 
 
 def at_center(result: FitResult) -> Conditionals:

@@ -44,7 +44,7 @@ def compare(posterior: Posterior, reference: Posterior) -> PosteriorComparison:
     :param Posterior reference: of the same.
     """
     layout = posterior.gaussian.unit_model.layout
-    parts = posterior.mean(), posterior.std(), reference.mean(), reference.std()
+    parts = *posterior.moments, *reference.moments
     return PosteriorComparison(
         *(_worst({name: [part[name] for part in parts] for name in sites})
           for sites in (layout.global_sites, layout.local_sites))

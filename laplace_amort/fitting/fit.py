@@ -160,7 +160,9 @@ def _result(
 ) -> FitResult:
     best, problem = maxima[0], history.problem
     objective = best.objective or objective
+    problem.hand_back()
     gaussian = _gaussian(problem, objective, best)
+    given = gaussian if gaussian is None or problem.is_as_given else gaussian.to(problem.given, problem.dtype)
     found, error = value or (best.evaluation.value, best.evaluation.standard_error)
     return FitResult(
         status=best.status,
@@ -173,7 +175,8 @@ def _result(
         timings=history.timings,
         optima=[_optimum(problem, one) for one in maxima],
         notes=_notes(history, best, gaussian),
-        gaussian=gaussian,
+        gaussian=given,
+        in_double=None if given is gaussian else gaussian,
         saved=_Saved(saved.start, history.journal.entries, history.journal.state, history.walk),
         maximized=objective,
         problem=problem,
@@ -196,14 +199,27 @@ def _optimum(problem: Problem, maximum: Maximum) -> Optimum:
     point = torch.from_numpy(maximum.point[: len(problem.loc)]).to(problem.loc)
     with torch.no_grad():
         values = problem.unit_model.constrain_global(point)
-    return Optimum(maximum.evaluation.value, maximum.num_starts, values, maximum.status)
+    return Optimum(maximum.evaluation.value, maximum.num_starts, problem.rounded(values), maximum.status)
 
 
 def _notes(history: History, maximum: Maximum, gaussian: LaplaceGaussian | None) -> list[str]:
     """Return what a user should know of a fit, in sentences."""
     problem, notes = history.problem, list(maximum.notes)
+    if problem.numbers.reason:
+        notes.append(
+            f"computed in {problem.dtype}, since the model does not run in double precision: {problem.numbers.reason}. "
+            "In so few digits a fit may end where there is no optimum. Give it more before a new guide is called "
+            "first:\n    torch.set_default_dtype(torch.float64)   # and data.double()"
+        )
     if problem.not_recorded:
         notes.append(f"every evaluation ran the model in Python, which takes longer: {problem.not_recorded}")
+    if problem.not_at_once:
+        notes.append(
+            f"and for one point at a time, which takes up to 100 times as long: {problem.not_at_once}. Leave branches "
+            "to torch; and where a tensor is written to in place, count its dimensions from the right:\n"
+            "    torch.where(mu > 0, a, b)      # for: a if mu > 0 else b\n"
+            "    p[..., 0] = y[..., unit]       # for: p[0] = y[unit]"
+        )
     failures = [maximum.evaluation.failure, *(step.problem for step in history.steps[::-1])]
     failure = next((failure for failure in failures if failure), "")
     if failure and not maximum.status.ok:

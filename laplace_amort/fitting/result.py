@@ -60,11 +60,13 @@ class FitResult:
     :param list optima: :class:`Optimum`, the best first; one, unless several starts ended in several places.
     :param list notes: what a user should know, in sentences.
     :param LaplaceGaussian gaussian: the posterior that was found, without a graph: of ``MarginalLaplace`` the one with
-        the marginal curvature as its head, of an ELBO the guide. ``None`` if a fit ended where there is none.
+        the marginal curvature as its head, of an ELBO the guide. ``None`` if a fit ended where there is none. In the
+        dtype of the model, like all tensors here.
     :param saved: what a later fit needs to go on, see :meth:`save`.
     :param maximized: the objective that was, with its settings.
     :param Problem problem: the model at its data.
     :param int seed: of the fit.
+    :param LaplaceGaussian in_double: the posterior as it was computed; None if ``gaussian`` is.
     """
 
     status: FitStatus
@@ -82,6 +84,7 @@ class FitResult:
     maximized: Objective = field(repr=False)
     problem: Problem = field(repr=False)
     seed: int = field(repr=False)
+    in_double: LaplaceGaussian | None = field(default=None, repr=False)
 
     @cached_property
     def posterior(self) -> Posterior:
@@ -92,7 +95,7 @@ class FitResult:
 
         :raises ValueError: if the fit ended where there is no posterior.
         """
-        return self.maximized.posterior(self.problem, self._posterior(), self.seed)
+        return self.maximized.posterior(self.problem, self.exact_gaussian(), self.seed)
 
     @property
     def head_report(self) -> RepairReport | None:
@@ -117,12 +120,15 @@ class FitResult:
 
         :raises ValueError: if the fit ended where there is no posterior.
         """
-        precision, layout = self._posterior().precision, self._posterior().unit_model.layout
-        return layout.to_sites(precision.global_variance().sqrt(), precision.local_variance().sqrt())
+        gaussian = self.exact_gaussian()
+        variances = gaussian.precision.global_variance(), gaussian.precision.local_variance()
+        return self.problem.rounded(gaussian.unit_model.layout.to_sites(*(part.sqrt() for part in variances)))
 
     def summary(self) -> str:
         """Return a table of the globals in constrained space, with how the fit ended above it."""
-        return self.headline() if self.gaussian is None else f"{self.headline()}\n\n{globals_table(self.gaussian)}"
+        return (
+            self.headline() if self.gaussian is None else f"{self.headline()}\n\n{globals_table(self.exact_gaussian())}"
+        )
 
     def __str__(self) -> str:
         return self.summary()
@@ -197,10 +203,14 @@ class FitResult:
         """
         torch.save({"format": _FORMAT, "saved": self.saved}, path)
 
-    def _posterior(self) -> LaplaceGaussian:
+    def exact_gaussian(self) -> LaplaceGaussian:
+        """Return the posterior as it was computed: in double precision, whatever the dtype of the model.
+
+        :raises ValueError: if the fit ended where there is no posterior.
+        """
         if self.gaussian is None:
             raise ValueError(f"there is no posterior: {self.status}")
-        return self.gaussian
+        return self.in_double or self.gaussian
 
 
 def load_saved(resume: FitResult | str | Path) -> Any:

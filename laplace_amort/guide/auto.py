@@ -13,14 +13,15 @@ from pyro.infer.autoguide.initialization import init_to_mean
 from pyro.nn import PyroParam, pyro_method
 from torch import Tensor
 
-from laplace_amort.autodiff import arrowhead_information, check_structure, dual_path, nearby, refuse_without_autograd
+from laplace_amort.autodiff import check_structure, nearby, refuse_without_autograd
 from laplace_amort.errors import ModelError
+from laplace_amort.guide.family import gaussian_of
 from laplace_amort.guide.gaussian import LaplaceGaussian
 from laplace_amort.guide.heads import Head, JointCurvature, MarginalCurvature
 from laplace_amort.guide.repeats import Repeats
 from laplace_amort.guide.storing import copied_with, follow_store, is_importable
 from laplace_amort.guide.warm_start import WarmStart
-from laplace_amort.linalg import Arrowhead, Repair, SoftAbs, repair_head, repair_tails
+from laplace_amort.linalg import Repair, SoftAbs
 from laplace_amort.model import UnitLayout, UnitModel, UnitModels, all_plates
 from laplace_amort.units import FreeMode, Mode, NewtonMode
 
@@ -129,26 +130,14 @@ class AutoLaplaceFamily(AutoGuide):
         :param mode: another one than the guide's.
         :param head: another one than the guide's.
         """
-        loc: Any = self.loc  # a tensor, from Pyro's store
-        theta = dual_path(loc)
-        units = unit_model.units
-        mode, head = mode or self.mode, head or self.head
-        local_loc = mode.find(unit_model, theta.mean, self._guess(unit_model, theta.mean))
-        weight = unit_model.layout.weight
-        blocks = arrowhead_information(unit_model.log_joint, theta.curvature, local_loc)
-        tail, tail_report = repair_tails(self.tail_repair, blocks.tail)
-        scaled = Arrowhead(blocks.head, blocks.border, tail)
-        schur = head(unit_model.log_joint, theta.curvature, local_loc, scaled, weight)
-        self._warm_start.remember(units, theta.mean, local_loc, scaled.regression)
-        schur, head_report = repair_head(self.head_repair, schur, blocks.head)
-        return LaplaceGaussian(
-            unit_model=unit_model,
-            global_loc=theta.mean,
-            local_loc=local_loc,
-            precision=scaled.with_schur(schur).unscale(weight),
-            head_report=head_report,
-            tail_report=tail_report,
-        )
+        return gaussian_of(self, unit_model, mode or self.mode, head or self.head)
+
+    @pyro_method
+    def follow_store(self) -> None:
+        """Read every parameter from Pyro's store, so that :meth:`named_parameters` are those."""
+        for module in self.modules():
+            for name in getattr(module, "_pyro_params", ()):
+                getattr(module, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Sample every latent site of the model; returns constrained values by site."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy
@@ -44,6 +44,11 @@ class LaplaceGaussian:
     precision: Arrowhead
     head_report: RepairReport
     tail_report: RepairReport
+
+    def to(self, unit_model: UnitModel, dtype: torch.dtype) -> LaplaceGaussian:
+        """Return the same Gaussian in another dtype, of the same model run in that."""
+        loc, local_loc, precision = self.global_loc.to(dtype), self.local_loc.to(dtype), self.precision.to(dtype)
+        return replace(self, unit_model=unit_model, global_loc=loc, local_loc=local_loc, precision=precision)
 
     def sample_sites(self, prefix: str, plates: dict[str, Any]) -> dict[str, Tensor]:
         """In a guide: sample every latent site of the model.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from laplace_amort.errors import ModelError, RecordingError, ResumeError
 from laplace_amort.guide.auto import AutoLaplaceFamily
 from laplace_amort.guide.gaussian import LaplaceGaussian
 from laplace_amort.guide.heads import Head
+from laplace_amort.guide.precision import OwnNumbers, numbers_of
 from laplace_amort.guide.vector import set_vector, to_vector
 from laplace_amort.linalg import Arrowhead, repair_tails
 from laplace_amort.model import SubsampledPlate, UnitModel, separated, takes_particles, unit_owners, unit_terms
@@ -41,41 +43,81 @@ class Problem:
     :param tuple args: arguments of the model.
     :param dict kwargs: keyword arguments of the model.
 
-    Attributes: ``unit_model``, recorded where that is possible, and ``not_recorded``, the reason if it is not.
+    It computes in double precision whatever that of guide and model is, on numbers of its own: the guide moves in
+    :meth:`hand_back`. What cannot be run so is computed as it is written; ``numbers.reason`` says why.
+
+    Attributes: ``unit_model``, recorded where that is possible; ``not_recorded``, the reason if it is not, and
+    ``not_at_once``, why it is not even run for many points at once; and ``given``, the model in its own precision.
     """
 
     def __init__(self, guide: AutoLaplaceFamily, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.guide = guide
-        self.unit_model = guide.unit_model(*args, **kwargs)
-        self.unit_model.density.check_data()  # set-up has done so for the data of the first call alone
+        self.given = guide.unit_model(*args, **kwargs)
+        self.given.density.check_data()  # set-up has done so for the data of the first call alone
+        self.numbers = numbers_of(guide, self.given)
+        self.unit_model = self.numbers.of(self.given)
         self._first = self.memory()
-        self._model_parameters = self.unit_model.density.parameters()
-        self.not_recorded = ""
+        self.not_recorded = self.not_at_once = ""
         self._integrals: tuple[UnitModel, UnitIntegrals] | None = None
         try:
             self.unit_model = self.unit_model.recorded(self.loc, self.start)
         except RecordingError as error:
-            self.not_recorded = str(error)
+            self._do_without(str(error))
+
+    def _do_without(self, reason: str) -> None:
+        """Run the model as it is, since it is not recorded: for many points at once, where it takes them."""
+        self.unit_model, self.not_recorded = self.unit_model.live(), reason
+        try:
+            self.unit_model = self.unit_model.at_once(self.loc, self.start)
+        except RecordingError as error:
+            self.not_at_once = str(error)
 
     @property
     def loc(self) -> Tensor:
         """Where the globals stand, ``(d,)``, without a graph."""
+        return torch.as_tensor(self.numbers.family.loc).detach()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the guide, in which results are given back."""
         loc: Any = self.guide.loc
-        return torch.as_tensor(loc).detach()
+        return torch.as_tensor(loc).dtype
+
+    @property
+    def is_as_given(self) -> bool:
+        """Whether it computes in the precision of the guide, on the numbers of the guide."""
+        return isinstance(self.numbers, OwnNumbers)
+
+    def rounded(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return values by site in the precision in which results are given back."""
+        return dict(values) if self.is_as_given else {name: value.to(self.dtype) for name, value in values.items()}
+
+    def hand_back(self) -> None:
+        """Put the guide, and parameters of the model, where this problem stands, in their own precision."""
+        self.numbers.hand_back()
+
+    def as_given(self) -> Problem:
+        """Return the same problem in the precision of the guide, which moves with it, and not recorded."""
+        if self.is_as_given:
+            return self
+        other = copy.copy(self)
+        other.numbers = OwnNumbers(self.guide, self.given.density.parameters())
+        other.unit_model, other._first, other._integrals = self.given, other.memory(), None
+        return other
 
     def globals_(self) -> list[Tensor]:
         """The parameter that holds the globals, alone in a list."""
         # The second is its name once a user has assigned to it.
-        return [leaf for name, leaf in self.guide.named_parameters() if name in ("loc_unconstrained", "loc")]
+        return [leaf for name, leaf in self.numbers.family.named_parameters() if name in ("loc_unconstrained", "loc")]
 
     @property
     def model_parameters(self) -> list[Tensor]:
         """Parameters of the model itself (``pyro.param``, weights of modules), listed once."""
-        return list(self._model_parameters.values())
+        return list(self.numbers.model_parameters.values())
 
     def parameters(self) -> list[Tensor]:
         """All parameters there are, of guide and model, the globals first."""
-        leaves = [*self.globals_(), *self.guide.parameters(), *self.model_parameters]
+        leaves = [*self.globals_(), *self.numbers.family.parameters(), *self.model_parameters]
         return list({id(leaf): leaf for leaf in leaves}.values())
 
     def takes_particles(self, num_particles: int) -> bool:
@@ -115,7 +157,7 @@ class Problem:
 
         :param keep: calls a function, as :meth:`Journal.call` does, which keeps the result under a label.
         """
-        mode: Any = self.guide.mode
+        mode: Any = self.numbers.family.mode
         if isinstance(mode, FreeMode):
             with torch.no_grad():
                 modes = keep("centers", lambda: self.mode.find(self.unit_model, self.loc, self.start))
@@ -130,7 +172,7 @@ class Problem:
 
     def start_at(self, globals_: Tensor) -> Tensor:
         """Guess the modes of the units at globals ``(d,)`` or ``(S, d)``, as ``(N, k)`` or ``(S, N, k)``."""
-        return self.guide._warm_start.at(self.unit_model.units, globals_)
+        return self.numbers.family._warm_start.at(self.unit_model.units, globals_)
 
     def remember(self, local: Tensor, regression: Tensor | None = None) -> None:
         """Keep the modes of the units where the globals stand: the next guess starts from them.
@@ -138,16 +180,16 @@ class Problem:
         :param Tensor local: ``(N, k)``.
         :param Tensor regression: minus their derivative in the globals, ``(N, k, d)``; by default as it was.
         """
-        warm_start, units = self.guide._warm_start, self.unit_model.units
+        warm_start, units = self.numbers.family._warm_start, self.unit_model.units
         warm_start.remember(units, self.loc, local, warm_start.slope[units] if regression is None else regression)
 
     def memory(self) -> tuple[Tensor, Tensor]:
         """Return what is remembered of modes, to bring it back by :meth:`recall`."""
-        return self.guide._warm_start.state()
+        return self.numbers.family._warm_start.state()
 
     def recall(self, memory: tuple[Tensor, Tensor] | None = None) -> None:
         """Bring back what :meth:`memory` returned; by default what was known at the first start."""
-        self.guide._warm_start.restore(self._first if memory is None else memory)
+        self.numbers.family._warm_start.restore(self._first if memory is None else memory)
 
     # The Gaussian there.
 
@@ -157,7 +199,7 @@ class Problem:
         :param mode: another one than the guide's.
         :param head: another one than the guide's.
         """
-        return self.guide.gaussian_of(self.unit_model, mode=mode, head=head)
+        return self.numbers.family.gaussian_of(self.unit_model, mode=mode, head=head)
 
     def gaussian_given(self, model: UnitModel, local: Tensor, fitted: LaplaceGaussian) -> LaplaceGaussian:
         """Return the Gaussian of other units given the globals, with the globals as they were fitted, without a graph.
@@ -168,7 +210,7 @@ class Problem:
         """
         with torch.no_grad():
             found = arrowhead_information(model.log_joint, fitted.global_loc, local)
-            tail, report = repair_tails(self.guide.tail_repair, found.tail)
+            tail, report = repair_tails(self.numbers.family.tail_repair, found.tail)
             precision = Arrowhead(found.head, found.border, tail).with_schur(fitted.precision.schur_complement)
         return LaplaceGaussian(model, fitted.global_loc, local, precision, fitted.head_report, report)
 
@@ -213,7 +255,8 @@ class Problem:
     @property
     def mode(self) -> Mode:
         """What finds the modes along which a marginal density is taken: the guide's, if it finds any."""
-        return NewtonMode() if isinstance(self.guide.mode, FreeMode) else self.guide.mode
+        mode: Mode = self.numbers.family.mode
+        return NewtonMode() if isinstance(mode, FreeMode) else mode
 
     @property
     def integrals(self) -> UnitIntegrals:
@@ -245,6 +288,8 @@ class Problem:
         :raises ModelError: if the model has a ``pyro.factor``, which no data can be drawn from.
         """
         live = self.unit_model.live()
+        with contextlib.suppress(RecordingError):
+            live = live.at_once(gaussian.global_loc, gaussian.local_loc)
         owners = unit_owners(live, gaussian.global_loc, gaussian.local_loc)
         values = live.constrain_global(gaussian.global_loc)
         while True:
@@ -262,7 +307,7 @@ class Problem:
             try:
                 recording.check(live.log_joint, self.loc, self.start)
             except RecordingError as error:
-                self.unit_model, self.not_recorded = live, str(error)
+                self._do_without(str(error))
                 return True
         return False
 
@@ -291,7 +336,7 @@ class Problem:
 
         :raises ModelError: naming one.
         """
-        for name in self._model_parameters:
+        for name in self.numbers.model_parameters:
             raise ModelError(
                 f"this objective moves the latents of the model, and '{name}' is a parameter. Give it a prior, a flat "
                 "one if need be, or take the ELBO, which moves parameters too:\n"

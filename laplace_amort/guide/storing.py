@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import sys
 from collections.abc import Mapping
 from typing import Any
 
-from pyro.nn import PyroParam
+from pyro.nn import PyroModule, PyroParam
 from pyro.nn.module import to_pyro_module_
 from torch import nn
 
-__all__ = ["copied_with", "follow_store", "is_importable"]
+__all__ = ["apart_from_store", "copied_with", "follow_store", "is_importable"]
 
 
 def follow_store(strategy: Any) -> Any:
@@ -21,6 +22,26 @@ def follow_store(strategy: Any) -> Any:
             for name, value in list(module.named_parameters(recurse=False)):
                 setattr(module, name, PyroParam(value.detach()))
     return strategy
+
+
+class _NoContext:
+    """In the place of what tells a module of Pyro's that its parameters are those of the store."""
+
+    active, used = 0, False
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *error: object) -> None: ...
+
+
+def apart_from_store(strategy: Any) -> Any:
+    """Return a copy of a strategy, whose parameters are its own whatever the store has."""
+    copied = copy.deepcopy(strategy)
+    if isinstance(copied, nn.Module):
+        for module in copied.modules():
+            if isinstance(module, PyroModule):
+                vars(module)["_pyro_context"] = _NoContext()
+    return copied
 
 
 def copied_with(model: Any, memo: Mapping[int, Any]) -> Any:

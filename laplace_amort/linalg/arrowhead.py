@@ -257,6 +257,10 @@ class Arrowhead:
         tail = tail.flatten(-4, -3).flatten(-2)
         return torch.cat([torch.cat([self.head, border.mT], -1), torch.cat([border, tail], -1)], -2)
 
+    def to(self, dtype: torch.dtype) -> Arrowhead:
+        """Return the same in another dtype; nothing is factored again."""
+        return self._replace(**{name: part.to(dtype) for name, part in vars(self).items() if isinstance(part, Tensor)})
+
     def _replace(self, **parts: Any) -> Arrowhead:
         """With other parts, and what was made on demand so far."""
         other = copy.copy(self)

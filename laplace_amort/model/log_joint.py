@@ -20,6 +20,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions.transforms import Transform
 
+from laplace_amort.autodiff import Arithmetic
 from laplace_amort.errors import ModelError
 from laplace_amort.model import messages
 from laplace_amort.model.densities import smooth
@@ -112,8 +113,15 @@ class LogJoint(ModelRuns):
     def with_supports(self) -> Self:
         """Return the same with the supports as they are at these arguments, by a run that is made once."""
         other = copy.copy(self)
-        other.sites = find_sites(self._first())
+        with self.arithmetic:
+            other.sites = find_sites(self._first())
         return other
+
+    def under(self, arithmetic: Arithmetic) -> LogJoint:
+        """Return the same with all runs, transforms and densities in another arithmetic."""
+        other = copy.copy(self)
+        other.arithmetic = arithmetic
+        return other.with_supports()
 
     def __repr__(self) -> str:
         return f"LogJoint of {self.size} unconstrained elements: {listed(self.sites)}"
@@ -142,12 +150,13 @@ class LogJoint(ModelRuns):
             vectorized plates, and a term for each element of its batch shape, scales and masks applied.
         """
         feed = Feed(unconstrained, self.sites)
-        trace = self._run_whole(feed)
-        for node in trace.nodes.values():
-            if node["type"] == "sample":
-                node["fn"] = smooth(node["fn"])
-        with messages.explained(lambda error: messages.of_density(error, trace)):
-            trace.compute_log_prob()
+        with self.arithmetic:
+            trace = self._run_whole(feed)
+            for node in trace.nodes.values():
+                if node["type"] == "sample":
+                    node["fn"] = smooth(node["fn"])
+            with messages.explained(lambda error: messages.of_density(error, trace)):
+                trace.compute_log_prob()
         nodes = [node for node in trace.nodes.values() if node["type"] == "sample" and "log_prob" in node]
         found = [(node["name"], plates_of(node), node["log_prob"]) for node in nodes]
         for name, log_jacobian in feed.log_jacobians.items():
@@ -192,8 +201,9 @@ class LogJoint(ModelRuns):
 
     def to_constrained(self, unconstrained: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the constrained value of every site from its unconstrained one."""
-        transforms = self._transforms(Feed(unconstrained, self.sites))
-        return {name: transform(unconstrained[name]) for name, transform in transforms.items()}
+        with self.arithmetic:
+            transforms = self._transforms(Feed(unconstrained, self.sites))
+            return {name: transform(unconstrained[name]) for name, transform in transforms.items()}
 
     def unconstrain(self, values: Mapping[str, Tensor]) -> Tensor:
         """Return the packed vector ``(D,)`` of unconstrained values, for constrained values of every site."""
@@ -205,8 +215,9 @@ class LogJoint(ModelRuns):
         :raises ModelError: if a value lies outside the support of its site, or on its boundary.
         """
         check_names(self.sites, values)
-        transforms = self._transforms(poutine.condition(data=dict(values)))
-        unconstrained = {name: transform.inv(values[name]) for name, transform in transforms.items()}
+        with self.arithmetic:
+            transforms = self._transforms(poutine.condition(data=dict(values)))
+            unconstrained = {name: transform.inv(values[name]) for name, transform in transforms.items()}
         for name, value in unconstrained.items():
             refuse_boundary(name, values[name], value)
         return unconstrained
@@ -223,7 +234,8 @@ class LogJoint(ModelRuns):
     def unconstrained_in(self, trace: Any) -> dict[str, Tensor]:
         """Return the unconstrained value of every site in a trace of the model, as :meth:`prototype` returns it."""
         nodes = {name: trace.nodes[name] for name in self.sites}
-        return {name: transform_of(node).inv(node["value"]).detach() for name, node in nodes.items()}
+        with self.arithmetic:
+            return {name: transform_of(node).inv(node["value"]).detach() for name, node in nodes.items()}
 
     def prototype(self, init_loc_fn: Callable[..., Any] = init_to_mean) -> Any:
         """Return a trace of the model at the start that :meth:`initial` gives."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
+from laplace_amort.autodiff import AsWritten
 from laplace_amort.model.sites import init_to_zero, plates_of, undressed
 from laplace_amort.model.unit_model import UnitModel
 
@@ -39,9 +41,10 @@ def observed_sites(model: UnitModel) -> dict[str, ObservedSite]:
 
     :param UnitModel model: at its data.
     """
-    found = {}
+    found, density = {}, copy.copy(model.density)
+    density.arithmetic = AsWritten()  # what was observed, and not what it is computed with
     with torch.random.fork_rng(devices=[]):  # it must not change the draws of a prediction
-        trace = model.density.prototype(init_to_zero)
+        trace = density.prototype(init_to_zero)
     for name, node in trace.nodes.items():
         if node["type"] != "sample" or not node["is_observed"] or site_is_subsample(node):
             continue

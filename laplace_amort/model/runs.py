@@ -12,6 +12,7 @@ from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
+from laplace_amort.autodiff import Arithmetic, AsWritten
 from laplace_amort.model import messages
 from laplace_amort.model.handlers import Indices, no_open_plates, ran_at
 from laplace_amort.model.sites import init_to_zero
@@ -26,7 +27,11 @@ class ModelRuns:
     :param args: positional arguments of the model.
     :param kwargs: keyword arguments of the model.
     :param indices: subsample indices by plate name; a plate that is not among them is not to draw any.
+
+    Attribute: ``arithmetic``, in which it is run.
     """
+
+    arithmetic: Arithmetic = AsWritten()
 
     def __init__(
         self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], indices: Mapping[str, Tensor]
@@ -93,7 +98,8 @@ class ModelRuns:
     def _run(self, handler: Messenger, indices: Indices | None = None) -> Any:
         """Trace one run of the model under ``handler``, hidden from every handler outside."""
         indices = Indices(self.indices, strict=True) if indices is None else indices
-        with no_open_plates(), poutine.block(), indices, handler:
-            tracer, call = poutine.trace(self.model), (self.model, self.args, self.kwargs)
+        args, kwargs = self.arithmetic.of((self.args, self.kwargs))
+        with no_open_plates(), poutine.block(), self.arithmetic, indices, handler:
+            tracer, call = poutine.trace(self.model), (self.model, args, kwargs)
             with messages.explained(lambda error: messages.of_run(error, tracer.trace, *call)):
-                return tracer.get_trace(*self.args, **self.kwargs)
+                return tracer.get_trace(*args, **kwargs)

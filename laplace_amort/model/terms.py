@@ -24,14 +24,15 @@ the derivative of a term must be multiplied by the factor of its own unit.
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from laplace_amort.autodiff import SeparableDensity, nearby, record
 from laplace_amort.errors import RecordingError, StructureError
+from laplace_amort.model.at_once import ManyPoints
 from laplace_amort.model.unit_model import Terms, UnitModel
 
 __all__ = ["separated", "unit_owners", "unit_terms"]
@@ -73,34 +74,68 @@ def unit_terms(model: UnitModel, global_: Tensor, local: Tensor) -> SeparableDen
 
 def separated(model: UnitModel, owners: list[Tensor]) -> SeparableDensity:
     """Return the terms of a model whose structure is known: the same model for other data."""
-    return SeparableDensity(functools.partial(_shared, model, owners), functools.partial(_units, model, owners))
+    if model.recording is None and model.points is not None:
+        how = model.points
+        return SeparableDensity(_PartAtOnce(_shared, model, owners, how), _PartAtOnce(_units, model, owners, how))
+    return SeparableDensity(_Part(_shared, model, owners), _Part(_units, model, owners))
 
 
-def _terms(model: UnitModel, global_: Tensor, local: Tensor) -> list[Terms]:
+class _Part:
+    """A sum of some terms of a model, by the unit that each belongs to.
+
+    :param add: up terms ``(*, n)`` by their owners ``(n,)``, for units ``(*, N, k)``.
+    :param UnitModel model: the model.
+    :param list owners: of the terms of each site.
+    """
+
+    def __init__(self, add: Callable[..., Tensor], model: UnitModel, owners: list[Tensor]) -> None:
+        self.add, self.model, self.owners = add, model, owners
+
+    def __call__(self, global_: Tensor, local: Tensor) -> Tensor:
+        """Evaluate at globals ``(d,)`` and units ``(N, k)``."""
+        return self.add(_in_dtype_of(local, self.model.flat_terms(global_, local)), self.owners, local)
+
+
+class _PartAtOnce(_Part):
+    """The same of a model that takes many points at once.
+
+    :param ManyPoints how: how it takes them.
+    """
+
+    def __init__(self, add: Callable[..., Tensor], model: UnitModel, owners: list[Tensor], how: ManyPoints) -> None:
+        super().__init__(add, model, owners)
+        self.how, self.num_bytes = how, how.num_bytes
+
+    def at(self, globals_: Tensor, locals_: Tensor) -> Tensor:
+        """Evaluate at globals ``(S, d)`` and units ``(S, N, k)``."""
+        found = self.model.flat_terms_at(self.how, globals_, locals_)
+        return self.add(_in_dtype_of(locals_, found), self.owners, locals_)
+
+
+def _in_dtype_of(local: Tensor, found: list[Terms]) -> list[Terms]:
     """The terms in the dtype of the latents: data of another make theirs another."""
-    found = model.flat_terms(global_, local)
     return [terms._replace(values=terms.values.to(local.dtype)) for terms in found]
 
 
-def _shared(model: UnitModel, owners: list[Tensor], global_: Tensor, local: Tensor) -> Tensor:
+def _shared(found: list[Terms], owners: list[Tensor], local: Tensor) -> Tensor:
     """The sum of the terms that are no unit's, whose owner is N."""
-    total = global_.new_zeros(())
-    for terms, owner in zip(_terms(model, global_, local), owners, strict=True):
-        if not terms.inside and (shared := owner == len(local)).any():
-            total = total + (terms.values if shared.all() else terms.values[shared]).sum()
+    total = local.new_zeros(local.shape[:-2])
+    for terms, owner in zip(found, owners, strict=True):
+        if not terms.inside and (shared := owner == local.shape[-2]).any():
+            total = total + (terms.values if shared.all() else terms.values[..., shared]).sum(-1)
     return total
 
 
-def _units(model: UnitModel, owners: list[Tensor], global_: Tensor, local: Tensor) -> Tensor:
-    """The sum of the terms of each unit, ``(N,)``."""
-    total = local.new_zeros(len(local))
-    for terms, owner in zip(_terms(model, global_, local), owners, strict=True):
+def _units(found: list[Terms], owners: list[Tensor], local: Tensor) -> Tensor:
+    """The sum of the terms of each unit, ``(*, N)``."""
+    total = local.new_zeros(local.shape[:-1])
+    for terms, owner in zip(found, owners, strict=True):
         if terms.inside:
             total = total + terms.values
-        elif (owned := owner < len(local)).all():
-            total = total.index_add(0, owner, terms.values)
+        elif (owned := owner < local.shape[-2]).all():
+            total = total.index_add(-1, owner, terms.values)
         elif owned.any():
-            total = total.index_add(0, owner[owned], terms.values[owned])
+            total = total.index_add(-1, owner[owned], terms.values[..., owned])
     return total
 
 
@@ -146,7 +181,7 @@ class _Probe:
         self.model, self.num_units = model, len(local)
         with torch.enable_grad():
             self.local = local.detach().clone().requires_grad_()
-            self.terms = _terms(model, global_.detach(), self.local)
+            self.terms = _in_dtype_of(self.local, model.flat_terms(global_.detach(), self.local))
             values = torch.cat([terms.values for terms in self.terms])
             # The gradient of a weighted sum of the terms is linear in the weights. A second pass back, from the
             # gradient to the weights, gives the derivative of every term along one direction.

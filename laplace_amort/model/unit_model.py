@@ -11,8 +11,9 @@ import pyro
 import torch
 from torch import Tensor
 
-from laplace_amort.autodiff import Recording, record
+from laplace_amort.autodiff import Arithmetic, Recording, record
 from laplace_amort.errors import ModelError, RecordingError
+from laplace_amort.model.at_once import LogJointAtOnce, ManyPoints, many_points
 from laplace_amort.model.handlers import SubsampledPlate
 from laplace_amort.model.layout import UnitLayout, find_layout
 from laplace_amort.model.log_joint import LogJoint
@@ -53,6 +54,25 @@ class UnitModel:
         self.units = units
         self.recording: Recording | None = None
         self._recorded_terms: Callable[[Tensor, Tensor], list[Terms]] | None = None
+        self.points: ManyPoints | None = None  # how it takes many of them at once; None if it does not
+
+    def at_once(self, global_: Tensor, local: Tensor) -> UnitModel:
+        """Return the same model, run for many points at once where many are asked for.
+
+        :param Tensor global_: near which it is seen to take them, ``(d,)``.
+        :param Tensor local: ``(N, k)``.
+        :raises RecordingError: if it does not; see :mod:`~laplace_amort.model.at_once`.
+        """
+        other = self.live()
+        other.points = many_points(other, global_, local)
+        return other
+
+    @property
+    def many(self) -> Density:
+        """What is evaluated at many points: the recording, or the log joint."""
+        if self.recording is not None:
+            return self.recording
+        return self.log_joint if self.points is None else LogJointAtOnce(self, self.points)
 
     def recorded(self, global_: Tensor, local: Tensor) -> UnitModel:
         """Return the same model as a recording of its tensor operations, for many evaluations with the same data.
@@ -115,6 +135,13 @@ class UnitModel:
                 f"{rest}"
             )
 
+    def under(self, arithmetic: Arithmetic) -> UnitModel:
+        """Return the same model, run in another arithmetic."""
+        other = self.live()
+        other.density = self.density.under(arithmetic)
+        other.layout = find_layout(other.density.sites, self.layout.frame.name)
+        return other
+
     def live(self) -> UnitModel:
         """Return the same model as runs of its Python."""
         other = copy.copy(self)
@@ -146,6 +173,25 @@ class UnitModel:
         with pyro.validation_enabled(False):
             return self.density.terms(self.layout.to_sites(global_, local))
 
+    def density_terms_at(
+        self, how: ManyPoints, globals_: Tensor, locals_: Tensor
+    ) -> list[tuple[str, tuple[Any, ...], Tensor]]:
+        """Return the terms at many points ``(S, d)`` and ``(S, N, k)``, by site, each ``(S, *shape)``."""
+        if len(globals_) == 1:  # as it always is
+            return [(name, plates, values[None]) for name, plates, values in self.terms(globals_[0], locals_[0])]
+        return how.terms(self, globals_, locals_)
+
+    def terms_at(self, globals_: Tensor, locals_: Tensor) -> list[tuple[str, tuple[Any, ...], Tensor]]:
+        """Return the terms of :meth:`terms` at many points, each ``(S, *shape)``, of a model that takes many."""
+        if self.points is None:
+            raise RecordingError("this model was not seen to take many points at once: at_once(global_, local)")
+        return self.density_terms_at(self.points, globals_, locals_)
+
+    def flat_terms_at(self, how: ManyPoints, globals_: Tensor, locals_: Tensor) -> list[Terms]:
+        """Return the terms of :meth:`flat_terms` at many points, each ``(S, n)``."""
+        found = self.density_terms_at(how, globals_, locals_)
+        return [self._flat(*site, locals_.shape[1], leading=1) for site in found]
+
     def flat_terms(self, global_: Tensor, local: Tensor) -> list[Terms]:
         """Return the terms that the log joint is the sum of, one for each unit where a site is in its plate.
 
@@ -156,12 +202,12 @@ class UnitModel:
             return self._recorded_terms(global_, local)
         return [self._flat(*site, len(local)) for site in self.terms(global_, local)]
 
-    def _flat(self, name: str, plates: tuple[Any, ...], values: Tensor, num_units: int) -> Terms:
-        frame = self.layout.frame
+    def _flat(self, name: str, plates: tuple[Any, ...], values: Tensor, num_units: int, leading: int = 0) -> Terms:
+        frame, rank = self.layout.frame, values.dim() - leading
         inside = any(plate.name == frame.name for plate in plates)
-        if not (inside and values.dim() >= -frame.dim and values.shape[frame.dim] == num_units):
-            return Terms(name, False, values if values.dim() == 1 else values.reshape(-1))
-        others = [axis for axis in range(-values.dim(), 0) if axis != frame.dim]
+        if not (inside and rank >= -frame.dim and values.shape[frame.dim] == num_units):
+            return Terms(name, False, values if rank == 1 else values.reshape(*values.shape[:leading], -1))
+        others = [axis for axis in range(-rank, 0) if axis != frame.dim]
         return Terms(name, True, values.sum(others) if others else values)
 
     def constrain_global(self, global_: Tensor) -> dict[str, Tensor]:

@@ -79,7 +79,7 @@ class PosteriorDraws:
         places, globals_, locals_ = zip(*self._drawn(num_samples, seed), strict=True)
         parts = [self.gaussian.constrained(*some) for some in zip(globals_, locals_, strict=True)]
         order = torch.cat(places).argsort()
-        return {name: torch.cat([part[name] for part in parts])[order] for name in parts[0]}
+        return self.problem.rounded({name: torch.cat([part[name] for part in parts])[order] for name in parts[0]})
 
     @torch.no_grad()
     def sample_unconstrained(self, num_samples: int, seed: int | None = None) -> tuple[Tensor, Tensor]:
@@ -128,11 +128,11 @@ class PosteriorDraws:
 
     def mean(self) -> dict[str, Tensor]:
         """Return the means, by site: weighted averages over globals, and over units by quadrature."""
-        return self._moments[0]
+        return self.problem.rounded(self.moments[0])
 
     def std(self) -> dict[str, Tensor]:
         """Return the standard deviations, by site; see :meth:`mean`."""
-        return self._moments[1]
+        return self.problem.rounded(self.moments[1])
 
     def quantiles(self, quantiles: Sequence[float], num_samples: int = DRAWS) -> dict[str, Tensor]:
         """Return quantiles ``(Q, *shape)`` by site, of draws.
@@ -210,7 +210,8 @@ class PosteriorDraws:
 
     @cached_property
     @torch.no_grad()
-    def _moments(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def moments(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Means and standard deviations by site, in double precision."""
         center = self.gaussian.median()
         moments = {name: (torch.zeros_like(value), torch.zeros_like(value)) for name, value in center.items()}
         for weights, values in itertools.chain([self._constrained_globals()], self._constrained_units()):

@@ -119,7 +119,8 @@ def export(
         groups.attrs["log_evidence"] = float(log_evidence)
     with torch.random.fork_rng(devices=[]), torch.no_grad(), pyro.validation_enabled(False):
         torch.manual_seed(seed)
-        drawn = all_units(posterior, posterior.gaussian.constrained(globals_, locals_))
+        values = posterior.gaussian.constrained(globals_, locals_)
+        drawn = all_units(posterior, posterior.problem.rounded(values))  # the model is run as it is written
         _add_posterior(groups, drawn, posterior, sites)
         if prior_samples:
             _add_prior(groups, posterior, prior_samples)

@@ -134,16 +134,42 @@ class ConditionalLikelihood:
                 "    to_arviz(log_likelihood=MarginalLikelihood())\n    to_arviz(log_likelihood=None)"
             )
 
-        def flat(global_: Tensor, local: Tensor) -> Tensor:
-            terms = model.terms(global_, local)
-            return torch.cat([values.reshape(-1) for name, _, values in terms if name in names])
-
+        flat = _Rows(model, names) if model.points is None else _RowsAtOnce(model, names)
         rows = _at_draws(flat, globals_, locals_)
         parts = rows.split([values.numel() for _, _, values in found], dim=1)
         return {
             name: Pointwise(part.reshape(len(rows), *values.shape), plates)
             for (name, plates, values), part in zip(found, parts, strict=True)
         }
+
+
+class _Rows:
+    """The terms of some sites in one row.
+
+    :param UnitModel model: not recorded.
+    :param list names: of the sites.
+    """
+
+    def __init__(self, model: UnitModel, names: list[str]) -> None:
+        self.model, self.names = model, names
+
+    def __call__(self, global_: Tensor, local: Tensor) -> Tensor:
+        """Evaluate at globals ``(d,)`` and units ``(N, k)``, as ``(n,)``."""
+        terms = self.model.terms(global_, local)
+        return torch.cat([values.reshape(-1) for name, _, values in terms if name in self.names])
+
+
+class _RowsAtOnce(_Rows):
+    """The same of a model that takes many points at once."""
+
+    def __init__(self, model: UnitModel, names: list[str]) -> None:
+        super().__init__(model, names)
+        self.num_bytes = model.points.num_bytes if model.points else 0
+
+    def at(self, globals_: Tensor, locals_: Tensor) -> Tensor:
+        """Evaluate at globals ``(S, d)`` and units ``(S, N, k)``, as ``(S, n)``."""
+        terms = self.model.terms_at(globals_, locals_)
+        return torch.cat([values.flatten(1) for name, _, values in terms if name in self.names], dim=1)
 
 
 def _refuse_lost_modes(values: Tensor, globals_: Tensor, model: UnitModel) -> None:

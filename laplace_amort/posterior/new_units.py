@@ -25,7 +25,8 @@ def posterior_for(posterior: _Draws, args: tuple[Any, ...], kwargs: dict[str, An
     problem, fitted = posterior.problem, posterior.gaussian
     try:
         with poutine.block():
-            model, _ = UnitModels(problem.guide.model, problem.guide.unit_plate)(args, kwargs, {})
+            given, _ = UnitModels(problem.guide.model, problem.guide.unit_plate)(args, kwargs, {})
+            model = problem.numbers.of(given)
     except ModelError as error:
         raise ModelError(
             f"{error}\nHere the model needs the data of the new units; of units without any:\n"
@@ -43,11 +44,17 @@ def _units_at(posterior: PosteriorDraws, gaussian: LaplaceGaussian) -> UnitPoste
     """Say of new units what the posterior says of those of the fit."""
     if not isinstance(posterior.units, NestedUnits):
         return LinearUnits(gaussian)
-    model = gaussian.unit_model
-    with contextlib.suppress(RecordingError):
-        model = model.recorded(gaussian.global_loc, gaussian.local_loc)
+    model = _for_many(gaussian)
     integrals = posterior.problem.integrals_of(model, gaussian.global_loc, gaussian.local_loc)
     return dataclasses.replace(posterior.units, gaussian=gaussian, integrals=integrals)
+
+
+def _for_many(gaussian: LaplaceGaussian) -> UnitModel:
+    """The model as it is evaluated fastest at many points."""
+    for faster in (gaussian.unit_model.recorded, gaussian.unit_model.at_once):
+        with contextlib.suppress(RecordingError):
+            return faster(gaussian.global_loc, gaussian.local_loc)
+    return gaussian.unit_model
 
 
 def _check_layout(fitted: UnitModel, model: UnitModel) -> None:

@@ -145,7 +145,7 @@ def test_a_recording_without_results_is_one_chunk():
     """Nothing but views of the argument: it takes no memory."""
 
     class Model:
-        recording = record(lambda theta, y: y[0, 0], torch.zeros(1), torch.zeros(2, 1))
+        recording = many = record(lambda theta, y: y[0, 0], torch.zeros(1), torch.zeros(2, 1))
 
     assert Model.recording.num_bytes == 0
     found = values_and_gradients(Model(), torch.zeros(3, 1), standard_normal(3, 2, 1, seed=0), [])

@@ -14,7 +14,7 @@ from laplace_amort import (
     NestedELBO,
     fit,
 )
-from laplace_amort.errors import ModelError
+from laplace_amort.errors import ModelError, RecordingError
 from laplace_amort.guide import Problem
 
 Z = torch.linspace(-3.0, 4.0, 8, dtype=torch.float64)
@@ -128,3 +128,57 @@ def test_the_recording_of_a_model_that_changes_is_found_at_the_optimum():
     expected = fit(model, AutoLaplaceFamily(model), Z + 1, objective=MarginalLaplace(), progress=False)
     # Both stop where the gradient is small, from different starts; the shift by one moves the objective by far more.
     assert result.objective == pytest.approx(expected.objective, rel=1e-6)
+
+
+def looked_up_from_the_left(z):
+    """It writes in place, so that nothing is mapped, and counts from the left, so that there is no room for points."""
+    tau = pyro.sample("tau", dist.LogNormal(0.0, 0.5))
+    with pyro.plate("units", 5):
+        y = pyro.sample("y", dist.Normal(0.0, tau * (1.0 if bool(tau > 0) else 2.0)))
+    with pyro.plate("rows", len(z)):
+        pyro.sample("z", dist.Normal(y[UNIT], 1.0), obs=z)
+
+
+def test_a_note_says_why_each_point_has_a_run_and_what_to_type():
+    result = fit(
+        looked_up_from_the_left,
+        AutoLaplaceFamily(looked_up_from_the_left),
+        Z,
+        objective=MarginalLaplace(),
+        progress=False,
+    )
+    (note,) = [note for note in result.notes if note.startswith("and for one point at a time")]
+    assert result.problem.not_at_once in note
+    branch, write = (line.strip() for line in note.splitlines()[1:])
+    mu, a, b = torch.tensor([-1.0, 1.0]), torch.ones(2), torch.zeros(2)  # noqa: F841 (of the line)
+    found, _, instead = branch.partition("# for:")
+    assert eval(found).tolist() == [eval(instead, {"mu": value, "a": 1.0, "b": 0.0}) for value in mu]
+    y, unit = torch.tensor([3.0, 4.0]), torch.tensor(1)
+    found, _, instead = write.partition("# for:")
+    tensors = torch.zeros(2), torch.zeros(2)
+    exec(found, {"p": tensors[0], "y": y, "unit": unit})
+    exec(instead.strip(), {"p": tensors[1], "y": y, "unit": unit})
+    assert tensors[0].tolist() == tensors[1].tolist() == [4.0, 0.0]
+
+
+@pytest.mark.parametrize("name", ["MarginalQuadrature", "Ladder", "FixedDrawELBO", "NestedELBO"])
+def test_points_at_once_end_where_a_recording_does(name, monkeypatch):
+    """The same optimum and posterior, with as many runs as there are chunks and not points."""
+    found, runs = [], []
+    for recorded in (True, False):
+        if not recorded:
+            monkeypatch.setattr("laplace_amort.model.UnitModel.recorded", _refused)
+        pyro.clear_param_store()
+        model = Counting()
+        result = fit(model, AutoLaplaceFamily(model), Z, objective=OBJECTIVES[name], progress=False)
+        assert bool(result.problem.not_recorded) != recorded
+        assert not result.problem.not_at_once
+        found.append((result.objective, *result.posterior.mean().values(), *result.posterior.std().values()))
+        runs.append(model.runs)
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+    assert runs[1] < 600  # one by one, it is some thousands
+
+
+def _refused(*args):
+    raise RecordingError("switched off")

@@ -12,7 +12,7 @@ from helpers.oracles import Figures, relative_error
 from helpers.unit_models import UnitCase
 from pyro.infer import Trace_ELBO
 
-import laplace_amort.guide.auto
+import laplace_amort.guide.family
 from laplace_amort.autodiff.information import ArrowheadBlocks, arrowhead_information
 from laplace_amort.guide.auto import AutoLaplaceFamily
 from laplace_amort.guide.heads import JointCurvature, MarginalCurvature
@@ -266,7 +266,7 @@ def unscale_by(power):
     return lambda self, weight: original(self, weight**power)
 
 
-GUIDE = laplace_amort.guide.auto
+GUIDE = laplace_amort.guide.family
 WRONG_WEIGHTS = {
     "units keep the weight": (Arrowhead, "unscale", unscale_by(0)),
     "squared": (Arrowhead, "unscale", unscale_by(2)),

@@ -47,6 +47,16 @@ def global_kink(z):
         pyro.sample("z", dist.Normal(y, 1.0), obs=z)
 
 
+def only_single(z):
+    """A model that refuses every dtype but one."""
+    if z.dtype != torch.float32:
+        raise TypeError(f"this model takes torch.float32, got {z.dtype}")
+    mu = pyro.sample("mu", dist.Normal(torch.zeros((), dtype=torch.float32), 1.0))
+    with pyro.plate("units", len(z)):
+        y = pyro.sample("y", dist.Normal(mu, 1.0))
+        pyro.sample("z", dist.Normal(y, 1.0), obs=z)
+
+
 def with_parameter(z):
     mu = pyro.param("mu", torch.tensor(0.0))
     with pyro.plate("units", len(z)):
@@ -240,6 +250,10 @@ FIT_MESSAGES = {
     ),
     "note: every evaluation ran the model in Python, which takes longer: the ... of the recorded model": lambda: fitted(
         frozen, Z
+    ),
+    "note: and for one point at a time, which takes up to 100 times as long: ...": lambda: fitted(branching, Z),
+    "note: computed in torch.float32, since the model does not run in double precision: ...": lambda: fitted(
+        only_single, Z.float()
     ),
     "note: the last point without an objective": lambda: fitted(nowhere, Z),
     "note: flattest is the direction": lambda: fitted(flat, Z, objective=MarginalQuadrature()),

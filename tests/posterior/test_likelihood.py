@@ -257,3 +257,22 @@ def test_factors_are_no_observations():
         result.to_arviz(log_likelihood=ConditionalLikelihood())
     values = evaluated(MarginalLikelihood(), result, *result.posterior.sample_unconstrained(2))["marginal"].values
     assert math.isfinite(float(values.sum()))
+
+
+def test_observations_of_a_model_that_takes_many_draws_at_once(monkeypatch):
+    def refused(*args):
+        raise RecordingError("switched off")
+
+    found = []
+    for off in (False, True):
+        if off:
+            monkeypatch.setattr("laplace_amort.model.UnitModel.recorded", refused)
+            monkeypatch.setattr("laplace_amort.posterior.likelihood.record", refused)
+        pyro.clear_param_store()
+        z = torch.tensor([1.0, 3.0, -0.5, 2.0])
+        result = fit(gaussian, guide_for(gaussian), z, objective=MarginalLaplace(), progress=False)
+        assert bool(result.problem.unit_model.points) == off
+        draws = result.posterior.sample_unconstrained(5)
+        found.append(ConditionalLikelihood().evaluate(result.posterior, ["z"], *draws)["z"].values)
+    torch.testing.assert_close(*found)
+    assert found[0].shape == (5, 4)

@@ -255,7 +255,8 @@ def test_no_loop_over_draws(monkeypatch):
     _ = result.posterior
     monkeypatch.setattr(UnitIntegrals, "conditionals", counted)
     result.posterior_for(NEW).sample(1000)
-    assert len(calls) == 1 and calls[0] == len(result.posterior.globals_.draws)
+    assert len(calls) == 1
+    assert calls[0] == len(result.posterior.globals_.draws)
 
 
 # --------------------------------------------------------------------------------------------------------------- errors

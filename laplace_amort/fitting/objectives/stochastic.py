@@ -220,9 +220,12 @@ class _Walk:
     state: WalkState
 
     def __init__(self, how: Stochastic, history: History) -> None:
-        self.how, self.history, self.problem = how, history, history.problem
+        self.how, self.history = how, history
+        history.problem.hand_back()
+        self.problem = history.problem.as_given()  # Pyro's ELBO sees the guide itself, and minibatches have more noise
         self.guide, self.model = self.problem.guide, self.problem.unit_model
-        self.function = ELBOFunction(self.problem, 2, 0)  # for its parameters and whitening; the draws are never made
+        # For parameters and whitening; the draws are never made.
+        self.function, self.exact = (ELBOFunction(problem, 2, 0) for problem in (self.problem, history.problem))
         self.elbo, self.notes = _elbo_for(how.elbo, self.problem)
         self.failures, self.failure = 0, ""  # steps in a row that failed, and why the last did
 
@@ -239,8 +242,9 @@ class _Walk:
     def _state_at(self, point: Vector, lr: float, rng: Tensor) -> WalkState:
         """Return a state that begins with a learning rate at a point, in coordinates of its own."""
         self.function.move(point)
+        self.exact.move(point)
         zero = torch.zeros(len(point), dtype=torch.float64)
-        return WalkState(lr, point, self.function.whitening(), zero, rng, self.problem.memory())
+        return WalkState(lr, point, self.exact.whitening(), zero, rng, self.problem.memory())
 
     def window(self) -> None:
         """Take the steps of one window, and make them part of the state; of one that is interrupted nothing is."""
@@ -324,6 +328,7 @@ class _Walk:
         """Put the guide at the average, and say where that is."""
         state, point = self.state, self.state.average()
         self.function.move(point)
+        self.exact.move(point)
         value, error = -state.loss, 0.0
         if state.status in (FitStatus.CONVERGED, FitStatus.MAX_STEPS):
             with torch.no_grad():
