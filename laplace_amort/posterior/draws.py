@@ -189,10 +189,11 @@ class PosteriorDraws:
         return some, self._calibrated(some, globals_, weights)
 
     def _calibrated(self, some: Tensor, globals_: Tensor, weights: Tensor) -> Tensor:
-        r"""Weigh a part of the draws so that averages of the globals, and of their squares, are those of all draws.
+        r"""Weigh a part of the draws so that averages of linear functions, and of squares, are those of all draws.
 
-        With the features :math:`\phi` of a draw, the weights are :math:`1/S + \lambda^\top (\phi_s - \bar\phi)`: an
-        average over few draws misses what it does by chance, as far as a regression on the features knows it.
+        With the standardized globals and their squares as features :math:`\phi`, the weights of draws are
+        :math:`1/S + \lambda^\top (\phi_s - \bar\phi)`: an average over few draws misses what it does by chance, as far
+        as a regression on the features knows it.
 
         Reference: Deville & Särndal (1992), *Calibration estimators in survey sampling*, JASA 87(418).
         """

@@ -87,7 +87,7 @@ class ImportanceSample:
         log_weights = self.log_weights + numpy.nan_to_num(log_factors, nan=-numpy.inf)
         total = float(scipy.special.logsumexp(log_weights))
         weights = numpy.exp(log_weights - total)
-        sets = numpy.arange(len(weights)) % _SETS
+        sets = numpy.arange(len(weights)) * _SETS // len(weights)
         return ImportanceSample(
             draws=self.draws,
             log_weights=log_weights - total,
@@ -271,7 +271,8 @@ class ImportanceSampler:
         """
         most = wanted = len(found.draws)
         if found.k_hat < K_GOOD and self.accuracy:
-            wanted = min(most, max(most // 4, int(_SPARE * most * ((found.error / self.accuracy) ** 2 - 1))))
+            share = _SPARE * ((found.error / self.accuracy) ** 2 - 1)
+            wanted = math.ceil(most * min(max(share, 0.25), 1.0))
         return min(1 << (wanted - 1).bit_length(), 1 << (most.bit_length() - 1))
 
     def _suffices(self, found: ImportanceSample) -> bool:

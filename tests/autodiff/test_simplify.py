@@ -8,6 +8,7 @@ from helpers.recordings import derivatives, operations
 from helpers.strategies import seeds, standard_normal
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 from laplace_amort.autodiff import simplify
 from laplace_amort.autodiff.recording import record
@@ -42,6 +43,9 @@ RULES = {
     "neutral": lambda a, b: ((a * 1 + 0) / 1 - 0) * b + (b * 1.0 + 0.0),
     "expanded": lambda a, b: a.expand(full(a, b)).exp() * b.expand(full(a, b)),
     "expanded twice": lambda a, b: (a.expand(full(a, b)) * 2).expand(2, *full(a, b)).sin() * b,
+    "Bernoulli density": lambda a, b: torch.distributions.Bernoulli(logits=a, validate_args=False).log_prob(
+        b.sigmoid()
+    ),
     "normal density": lambda a, b: torch.distributions.Normal(a, b.exp(), validate_args=False).log_prob(a.sin()),
 }
 
@@ -63,6 +67,7 @@ def test_a_rule_gives_the_same_function(rule, total, shapes, seed):
 
 
 A, B = standard_normal(seed=3), standard_normal(N, seed=4)
+LABELS = torch.tensor([0.0, 1.0, 1.0, 0.0], dtype=torch.float64)
 SMALL_WEIGHTS = standard_normal(N, seed=5)
 
 # A function of a scalar and of N numbers, and all operations that are left of it.
@@ -76,6 +81,10 @@ APPLIED = {
     "division by expanded": (lambda a, b: (b / a.expand(N)).sum(), "reciprocal mul sum"),
     "neutral": (lambda a, b: ((b * 1 + 0 - 0.0) / 1.0).sum() * a, "sum mul"),
     "expanded": (lambda a, b: (a.expand(N).exp().expand(M, N) + b).sum(), "exp add expand sum"),
+    "Bernoulli": (
+        lambda a, b: binary_cross_entropy_with_logits(b, LABELS, reduction="none").sum() * a,
+        "softplus mul sub sum mul",
+    ),
     "xlogy after another use": (
         lambda a, b: (lambda x: torch.xlogy(x.cumsum(0), x).sum() * b.sum())(a.exp().expand(N)),
         "exp expand cumsum mul sum sum mul",
@@ -95,6 +104,10 @@ def whole(b):
 
 # What looks like a rule and is none: nothing is left out.
 KEPT = {
+    "Bernoulli with weights": (
+        lambda a, b: a * binary_cross_entropy_with_logits(b, LABELS, SMALL_WEIGHTS, reduction="sum"),
+        "binary_cross_entropy_with_logits mul expand",
+    ),
     "cube": (lambda a, b: (b**3).sum() * a, "pow sum mul"),
     "inverse square": (lambda a, b: (b**-2).sum() * a, "pow sum mul"),
     "square root": (lambda a, b: (b.cosh() ** 0.5).sum() * a, "cosh pow sum mul"),
@@ -134,6 +147,25 @@ def test_a_rule_is_not_applied_where_it_does_not_hold(name):
     assert operations(recorded) == expected.split()
     actual, expected = (derivatives(f, (A - 0.2, B + 0.1), order=2) for f in (recorded, function))
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_density_of_a_bernoulli_variable_far_out(dtype):
+    """Against logarithms of logistic functions, which lose no digits in either tail."""
+    logits = torch.tensor([-700.0, -60.0, -41.0, -39.0, -20.0, 0.0, 20.0, 39.0, 41.0, 60.0, 700.0], dtype=dtype)
+    labels = (torch.arange(len(logits)) % 2).to(dtype)
+
+    def density(a, b):
+        return a.sum() * 0 - binary_cross_entropy_with_logits(b, labels, reduction="none").sum()
+
+    def right(a, b):
+        return a.sum() * 0 + torch.nn.functional.logsigmoid(torch.where(labels > 0, b, -b)).sum()
+
+    recorded = record(density, torch.zeros(1, dtype=dtype), logits)
+    assert "softplus" in operations(recorded)
+    point = torch.zeros(1, dtype=dtype), logits
+    for actual, expected in zip(derivatives(recorded, point, 2), derivatives(right, point, 2), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=64 * torch.finfo(dtype).eps)
 
 
 # ------------------------------------------------------------------------------------------------- size of operations

@@ -114,7 +114,7 @@ def posterior(mean, sd, locals_=()):
     unit_model = SimpleNamespace(layout=layout)
     parts = {name: torch.as_tensor(value, dtype=torch.float64) for name, value in mean.items()}
     sds = {name: torch.as_tensor(value, dtype=torch.float64) for name, value in sd.items()}
-    return SimpleNamespace(gaussian=SimpleNamespace(unit_model=unit_model), mean=lambda: parts, std=lambda: sds)
+    return SimpleNamespace(gaussian=SimpleNamespace(unit_model=unit_model), moments=(parts, sds))
 
 
 def test_by_hand():

@@ -11,10 +11,10 @@ from helpers.unit_models import UNIT_MODELS
 from pyro import poutine
 from pyro.infer import Trace_ELBO
 
-import laplace_amort.guide.auto
 from laplace_amort import SoftAbs
 from laplace_amort.autodiff.information import arrowhead_information
 from laplace_amort.autodiff.paths import DualPath, dual_path
+from laplace_amort.guide import family
 from laplace_amort.guide.auto import AutoLaplaceFamily
 from laplace_amort.guide.gaussian import LaplaceGaussian
 from laplace_amort.guide.heads import MarginalCurvature
@@ -195,7 +195,7 @@ def without_deviation(self, deviation, noise, original=LaplaceGaussian._local):
     return original(self, torch.zeros_like(deviation), noise)
 
 
-GUIDE = laplace_amort.guide.auto
+GUIDE = family
 # What is wrong: the model, what is replaced, by what, and whether the loss is right all the same.
 BUGS = {
     "the Hessian sees that the mode moves": ("normal", GUIDE, "arrowhead_information", hessian_along_the_mode, False),

@@ -115,7 +115,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 def waiting(clinic, arm, healed, total):
     calls.append(None)
-    if len(calls) == 40:
+    if len(calls) == 24:
         print("under way", file=sys.stderr, flush=True)
         signal.pause()
     float(pyro.sample("n", dist.Normal(0.0, 1.0)).detach())  # so that it cannot be recorded

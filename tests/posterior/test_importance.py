@@ -14,7 +14,7 @@ import scipy.stats
 import torch
 
 from laplace_amort.posterior import importance as room
-from laplace_amort.posterior.importance import ImportanceSampler, _Mixture, normal_sample
+from laplace_amort.posterior.importance import ImportanceSample, ImportanceSampler, _Mixture, normal_sample
 from laplace_amort.posterior.psis import K_GOOD
 
 # ------------------------------------------------------------------------------------------------------ known integrals
@@ -303,3 +303,73 @@ def test_draws_on_a_line_keep_the_scale_of_the_curvature(monkeypatch):
 
 def test_draws_in_every_direction_need_no_note():
     assert normal(2).draw().note == ""
+
+
+# ---------------------------------------------------------------------------------- other densities, and more draws
+
+
+def test_draws_of_another_density():
+    """Draws of a standard normal as those of one with its mean at 0.3; the error is about the change that there is."""
+    sampler = ImportanceSampler(num_draws=1024)
+    found = sampler(lambda x: -(x**2).sum(-1) / 2, numpy.zeros(2), numpy.eye(2))
+    other = found.reweighted(0.3 * found.draws[:, 0] - 0.045)
+    numpy.testing.assert_allclose(other.mean(), [0.3, 0.0], atol=0.02)
+    numpy.testing.assert_allclose(other.covariance(), numpy.eye(2), atol=0.1)
+    assert numpy.isclose(other.weights.sum(), 1)
+    assert numpy.isclose(other.log_integral, found.log_integral, atol=0.01)
+    assert 0.001 < other.error < 0.1
+    assert other.effective < found.effective
+    same = found.reweighted(numpy.full(len(found.draws), 5.0))
+    assert same.error < 1e-12
+    assert numpy.isclose(same.log_integral, found.log_integral + 5)
+
+
+def test_draws_that_another_density_does_not_have():
+    found = ImportanceSampler()(lambda x: -(x**2).sum(-1) / 2, numpy.zeros(1), numpy.eye(1))
+    other = found.reweighted(numpy.where(found.draws[:, 0] > 0, numpy.nan, 0.0))
+    assert other.num_lost == int((found.draws[:, 0] > 0).sum())
+    assert (other.weights[found.draws[:, 0] > 0] == 0).all()
+
+
+@pytest.mark.parametrize("error", [0.034, 0.04, 0.1, numpy.inf])
+@pytest.mark.parametrize("so_far", [128, 576, 4096])
+def test_rounds_are_powers_of_two(error, so_far):
+    """And no longer than all rounds before: the next proposal may be better."""
+    sampler = ImportanceSampler()
+    draws = numpy.zeros((so_far, 1))
+    found = ImportanceSample(draws, numpy.zeros(so_far), 0.1, so_far / 2, error, 0.0, 0)
+    missing = sampler._missing(found)
+    assert missing & (missing - 1) == 0
+    assert so_far / 8 < missing <= so_far
+    if error > 0.05:
+        assert missing > so_far / 2
+    assert replace(sampler, accuracy=0.0)._missing(found) > so_far / 2
+
+
+def heavy(x):
+    return -2 * numpy.log1p((x**2).sum(-1) / 3)
+
+
+@pytest.mark.parametrize("log_density", [lambda x: -(x**2).sum(-1) / 2, heavy])
+def test_for_as_many(log_density):
+    sampler = ImportanceSampler()
+    found = sampler(log_density, numpy.zeros(2), numpy.eye(2))
+    more = sampler.for_as_many(found, 1000)(log_density, numpy.zeros(2), numpy.eye(2))
+    assert 700 < more.effective < 2100
+    numpy.testing.assert_allclose(more.mean(), [0.0, 0.0], atol=0.1)
+
+
+def test_what_is_looked_at_along_the_axes_may_be_rough():
+    """The rough density shapes a proposal; what is found is the density itself."""
+    asked = []
+
+    def rough(x):
+        asked.append(len(x))
+        return heavy(x) + 0.3
+
+    sampler = ImportanceSampler(accuracy=0.02)
+    found = sampler(heavy, numpy.zeros(2), numpy.eye(2), rough=rough)
+    direct = sampler(heavy, numpy.zeros(2), numpy.eye(2))
+    assert len(asked) == 1
+    assert numpy.array_equal(found.draws, direct.draws)
+    assert found.log_integral == direct.log_integral

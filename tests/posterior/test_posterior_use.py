@@ -7,6 +7,8 @@ import dataclasses
 import math
 
 import numpy
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from helpers.fit_models import gaussian, guide_for, poisson, poisson_counts
@@ -108,6 +110,47 @@ def test_thinned():
         few, all_ = getattr(thinned, name)()["y"], getattr(posterior, name)()["y"]
         assert not torch.equal(few, all_)
         assert ((few - all_) / posterior.std()["y"]).abs().max() < 0.1
+
+
+def test_averages_over_fewer_globals_are_calibrated():
+    """Of linear functions of the globals, and of squares of standardized ones, they are those over all draws."""
+    posterior = dataclasses.replace(hierarchy(), averaged=64)
+    (some, shares), (globals_, weights) = posterior._averaged(), posterior.weighted_globals()
+    assert len(some) == 64 < len(globals_)
+    torch.testing.assert_close(shares.sum(), torch.ones(()).double())
+    torch.testing.assert_close(shares @ some, weights @ globals_)
+    to_standard = posterior.gaussian.precision.global_scale_tril.inverse().mT
+    z, every = ((at - posterior.gaussian.global_loc) @ to_standard for at in (some, globals_))
+    torch.testing.assert_close(shares @ z**2, weights @ every**2)
+    equal = torch.full_like(shares, 1 / 64)
+    assert ((equal - shares) @ some).abs().max() > 1e-4  # which the draws themselves would miss
+
+
+def test_calibrated_averages_are_nearer(monkeypatch):
+    everything = dataclasses.replace(hierarchy(), averaged=100_000)
+
+    def error():
+        some = dataclasses.replace(everything, averaged=64)
+        return float(((some.mean()["y"] - everything.mean()["y"]) / everything.std()["y"]).abs().max())
+
+    calibrated = error()
+    monkeypatch.setattr(type(everything), "_calibrated", lambda self, some, *_: some.new_full((len(some),), 1 / 64))
+    assert calibrated < 0.02
+    assert calibrated < error() / 2
+
+
+def test_draws_at_the_same_globals_share_candidates_within_bounds():
+    """A model without globals has one place to draw at: its draws are many, all the same."""
+    from laplace_amort.posterior.draws import _SHARED
+
+    def alone(z):
+        with pyro.plate("units", len(z)):
+            y = pyro.sample("y", dist.Normal(0.0, 2.0))
+            pyro.sample("z", dist.Poisson(y.exp()), obs=z)
+
+    posterior = posterior_of(alone, poisson_counts(8).double()[0], objective=MarginalQuadrature())
+    draws = posterior.sample(64 * _SHARED)["y"]
+    assert len(draws[:, 0].unique()) > 32 * _SHARED
 
 
 def test_it_prints_the_globals():
