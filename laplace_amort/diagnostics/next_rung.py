@@ -12,8 +12,8 @@ from laplace_amort.units import GRID_DIM, GaussHermite, Laplace, QuadratureRule,
 
 __all__ = ["against_next", "next_rule", "rule_of"]
 
-# Draws of the globals at which two rules are compared: these at least, and more while points of all units are fewer.
-_LEAST, _MOST, _POINTS = 128, 256, 2**24
+# Draws of the globals at which two rules are compared, and for each global at least.
+_DRAWS, _EACH = 128, 4
 
 
 def rule_of(result: FitResult) -> QuadratureRule:
@@ -51,10 +51,7 @@ def against_next(result: FitResult, seed: int) -> tuple[Posterior, Posterior]:
         sample = marginal_sample(units, result.seed + seed)
         reference = Posterior(result.problem, own.gaussian, sample, units, own.seed)
         return own, reference
-    gaussian = own.gaussian
-    num_points = len(rule.points(gaussian.local_loc.shape[1], gaussian.global_loc).points)
-    number = _POINTS // max(gaussian.local_loc.numel() * num_points, 1)
-    own = own.part(min(max(number, _LEAST, 4 * gaussian.global_loc.numel()), _MOST))
+    own = own.part(max(_DRAWS, _EACH * own.gaussian.global_loc.numel()))
     units, (globals_, _) = known.by(rule), own.weighted_globals()
     there = units.conditionals(globals_)
     old, new = (log_densities(units, one, globals_, there) for one in (rule_of(result), rule))
