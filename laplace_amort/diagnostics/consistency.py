@@ -10,11 +10,13 @@ Journal of Statistical Software 70(5).
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
 import numpy
 import scipy.stats
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from laplace_amort.errors import NUMERICAL_ERRORS
@@ -53,8 +55,8 @@ def check_consistency(
 ) -> Consistency:
     """Draw data from the model at the center of a posterior, and average their scores.
 
-    Each simulation costs one run of the model to draw and one gradient of the marginal density, with the model as it
-    is. A user may interrupt it (Ctrl-C): what was simulated counts.
+    Each simulation costs one run of the model to draw and one gradient of the marginal density, of some data sets
+    together where the model can be recorded. A user may interrupt it (Ctrl-C): what was simulated counts.
 
     Do not use it for one global in a handful of units: a score of few terms is not normal, and the test is a rough one.
 
@@ -70,36 +72,30 @@ def check_consistency(
     d = len(gaussian.global_loc)
     if num_simulations < d + 2:
         raise ValueError(f"{num_simulations} simulations say nothing of {d} globals: take at least {d + 2}")
-    simulations = problem.simulations(gaussian)
     points = rule.points(gaussian.local_loc.shape[1], gaussian.global_loc)
     scores: list[Vector] = []
-    failed = 0
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        bar = tqdm(range(num_simulations), "simulations", disable=None if progress else True, leave=False)
-        try:
-            for _ in bar:
-                score = _score(next(simulations), gaussian, points)
-                if score is None:
-                    failed += 1
-                else:
-                    scores.append(score)
-        except KeyboardInterrupt:
-            bar.close()
-    return _tested(numpy.array(scores).reshape(-1, d), gaussian, failed)
+        bar = tqdm(total=num_simulations, desc="simulations", disable=None if progress else True, leave=False)
+        with bar, contextlib.suppress(KeyboardInterrupt):
+            for likelihood, rows in problem.simulations(gaussian, num_simulations):
+                scores.append(_scores(likelihood, gaussian, points, rows)[:, :d])
+                bar.update(len(rows))
+    found = numpy.concatenate(scores) if scores else numpy.zeros((0, d))
+    known = numpy.isfinite(found).all(1)
+    return _tested(found[known], gaussian, int((~known).sum()))
 
 
-def _score(likelihood: UnitIntegrals, gaussian: LaplaceGaussian, points: QuadraturePoints) -> Vector | None:
-    """Differentiate the log probability of the data; None where that is not possible."""
-    globals_ = gaussian.global_loc.unsqueeze(0)
+def _scores(likelihood: UnitIntegrals, gaussian: LaplaceGaussian, points: QuadraturePoints, rows: Tensor) -> Vector:
+    """Differentiate the log probabilities of data sets, a row for each; NaN where that is not possible."""
     # The modes of the data at hand tell nothing of those of others but where they are on the whole.
-    start = gaussian.local_loc.mean(0).expand_as(gaussian.local_loc).unsqueeze(0)
+    start = gaussian.local_loc.mean(0).expand(len(rows), *gaussian.local_loc.shape)
     try:
-        found = likelihood.values_and_gradients(points, QuadraturePoints.log_integral, globals_, start)
+        near = likelihood.conditionals(rows, start).mode
+        found = likelihood.values_and_gradients(points, QuadraturePoints.log_integral, rows, near)
     except NUMERICAL_ERRORS:
-        return None
-    score = to_numpy(found.gradients[0])
-    return score if numpy.isfinite(score).all() and not bool(found.lost.any()) else None
+        return numpy.full(tuple(rows.shape), numpy.nan)
+    return to_numpy(found.gradients.masked_fill(found.lost.any(-1, keepdim=True), torch.nan))
 
 
 def _tested(scores: Vector, gaussian: LaplaceGaussian, failed: int) -> Consistency:

@@ -24,7 +24,7 @@ from laplace_amort.guide.heads import Head
 from laplace_amort.guide.precision import OwnNumbers, numbers_of
 from laplace_amort.guide.vector import set_vector, to_vector
 from laplace_amort.linalg import Arrowhead, repair_tails
-from laplace_amort.model import SubsampledPlate, UnitModel, separated, takes_particles, unit_owners, unit_terms
+from laplace_amort.model import SubsampledPlate, UnitModel, simulated_units, takes_particles, unit_terms
 from laplace_amort.types import Vector
 from laplace_amort.units import FreeMode, Mode, NewtonMode, UnitIntegrals
 
@@ -279,23 +279,22 @@ class Problem:
         mode = self.mode if isinstance(self.mode, NewtonMode) else NewtonMode()
         return UnitIntegrals(unit_terms(model, global_, local), mode)
 
-    def simulations(self, gaussian: LaplaceGaussian) -> Iterator[UnitIntegrals]:
+    def simulations(self, gaussian: LaplaceGaussian, number: int) -> Iterator[tuple[UnitIntegrals, Tensor]]:
         """Yield the log probability of data by unit, for data drawn from the model at the center of a posterior.
 
-        It draws by torch's generator, and goes on for as long as it is asked. The prior of the globals is left out.
+        It draws by torch's generator. The prior of the globals is left out.
 
         :param LaplaceGaussian gaussian: the posterior.
+        :param int number: of data sets.
+        :return: some data sets at a time: their integrals, and where to take them, a row for each: the globals,
+            and what tells the data sets apart, ``(S, d)`` or ``(S, d + 1)``.
         :raises ModelError: if the model has a ``pyro.factor``, which no data can be drawn from.
         """
         live = self.unit_model.live()
         with contextlib.suppress(RecordingError):
             live = live.at_once(gaussian.global_loc, gaussian.local_loc)
-        owners = unit_owners(live, gaussian.global_loc, gaussian.local_loc)
-        values = live.constrain_global(gaussian.global_loc)
-        while True:
-            model = copy.copy(live)
-            model.density = live.density.simulated(values)
-            yield UnitIntegrals(SeparableDensity(_nothing, separated(model, owners).units), self.integrals.mode)
+        for units, rows in simulated_units(live, gaussian.global_loc, gaussian.local_loc, number):
+            yield UnitIntegrals(SeparableDensity(_nothing, units), self.integrals.mode), rows
 
     def recheck(self) -> bool:
         """Compare the recording with the model where the guide stands now, and go back to the model if it differs.

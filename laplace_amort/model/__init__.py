@@ -6,8 +6,9 @@ from laplace_amort.model.layout import UnitLayout, find_layout
 from laplace_amort.model.log_joint import LogJoint
 from laplace_amort.model.observed import ObservedSite, observed_sites, with_data_drawn
 from laplace_amort.model.particles import takes_particles
+from laplace_amort.model.simulated import simulated_units
 from laplace_amort.model.sites import plates_of, undressed
-from laplace_amort.model.terms import separated, unit_owners, unit_terms
+from laplace_amort.model.terms import unit_terms
 from laplace_amort.model.unit_model import UnitModel, UnitModels, all_plates
 
 __all__ = [
@@ -22,10 +23,9 @@ __all__ = [
     "find_layout",
     "observed_sites",
     "plates_of",
-    "separated",
+    "simulated_units",
     "takes_particles",
     "undressed",
-    "unit_owners",
     "unit_terms",
     "with_data_drawn",
 ]

@@ -164,23 +164,33 @@ class LogJoint(ModelRuns):
             found.append((name, plates, subsample_scale_of(plates) * log_jacobian))
         return found
 
-    def simulated(self, values: Mapping[str, Tensor]) -> LogJoint:
-        """Return the log joint of the same model for data that are drawn from it, and latents that are not given too.
+    def draw_data(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Draw all observed sites from the model, and latents that are not given on the way.
 
         It draws by torch's generator. Scales and masks do not change what is drawn.
 
         :param values: constrained values of some latent sites, such as the globals.
+        :return: by site.
         :raises ModelError: if the data are, or are part of, a ``pyro.factor``, which nothing can be drawn from.
         """
-        other, free = copy.copy(self), poutine.uncondition(self.model)
-        other.model = poutine.condition(free, data=dict(values))
+        other = copy.copy(self)
+        other.model = poutine.condition(poutine.uncondition(self.model), data=dict(values))
         with torch.no_grad(), pyro.validation_enabled(False):
             drawn: Any = other._run(Messenger())
         observed = {name: node for name, node in drawn.nodes.items() if node.get("infer", {}).get("was_observed")}
         for name, node in observed.items():
             if isinstance(node["fn"], dist.Unit):
                 raise ModelError(f"site '{name}' is a pyro.factor, which no data can be drawn from")
-        other.model = poutine.condition(free, data={name: node["value"] for name, node in observed.items()})
+        return {name: node["value"] for name, node in observed.items()}
+
+    def simulated(self, values: Mapping[str, Tensor]) -> LogJoint:
+        """Return the log joint of the same model for data that are drawn from it; see :meth:`draw_data`."""
+        return self.with_data(self.draw_data(values))
+
+    def with_data(self, data: Mapping[str, Tensor]) -> LogJoint:
+        """Return the log joint of the same model for other values of its observed sites."""
+        other = copy.copy(self)
+        other.model = poutine.condition(poutine.uncondition(self.model), data=dict(data))
         return other
 
     def pack(self, values: Mapping[str, Tensor]) -> Tensor:
