@@ -43,6 +43,7 @@ nitpick_ignore_regex = [
     ("py:.*", r"(laplace_amort\.[\w.]+\.)?Journal(\.\w+)?"),
     ("py:class", r"(laplace_amort\.[\w.]+\.)?(SubsampledPlate|ObservedSite|Drawn|UnitIntegrals|Terms)"),
     ("py:class", r"(laplace_amort\.[\w.]+\.)?(PosteriorDraws|Gradients|FirstDerivatives|Self|Vector|Space|Value)"),
+    ("py:class", r"(laplace_amort\.[\w.]+\.)?(Arithmetic|ManyPoints|Operations|Seen)"),
 ]
 
 

@@ -55,7 +55,7 @@ class Recording:
     :param constants: tensors that were there before, and are constants of the recording or went into these.
 
     Attribute: ``information``, a recording of its derivatives, where there is one; see
-    :func:`~laplace_amort.autodiff.recorded_information.record_information`.
+    ``record_information``.
     """
 
     information: DerivativesOf | None = None

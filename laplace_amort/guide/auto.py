@@ -134,7 +134,7 @@ class AutoLaplaceFamily(AutoGuide):
 
     @pyro_method
     def follow_store(self) -> None:
-        """Read every parameter from Pyro's store, so that :meth:`named_parameters` are those."""
+        """Read every parameter from Pyro's store, so that ``named_parameters()`` are those."""
         for module in self.modules():
             for name in getattr(module, "_pyro_params", ()):
                 getattr(module, name)

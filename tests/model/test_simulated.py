@@ -48,7 +48,7 @@ CASES = {
     "poisson": (counted, (poisson_counts(8).double(),)),
     "indexed": (indexed, (GROUP, torch.linspace(0.5, 2.0, 12), (GROUP > 1).double())),
     **{
-        name: (UNIT_MODELS[name]().model, UNIT_MODELS[name]().args) for name in ("binomial_slopes", "student_t")
+        name: (UNIT_MODELS[name]().model, UNIT_MODELS[name]().args) for name in ("binomial_slopes", "dim_minus_three")
     },
 }
 
