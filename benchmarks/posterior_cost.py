@@ -31,7 +31,7 @@ def shape(make: Callable[[], tuple[Callable[..., Any], tuple[Any, ...]]]) -> Cal
 
 @shape
 def rows() -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """60 groups, k = 2, 2000 rows, 5 globals."""
+    """60 groups, k = 2, 2000 rows, 4 globals."""
     group, x = torch.arange(2000) % 60, torch.randn(2000)
     logits = -0.5 + 0.8 * torch.randn(60)[group] + (0.7 + 0.5 * torch.randn(60)[group]) * x
     answers = torch.bernoulli(torch.sigmoid(logits))

@@ -21,8 +21,8 @@ def diagnose(result: FitResult, *, simulations: int = 100, seed: int = 0, progre
     """Say whether a posterior can be relied on, and what to do if not.
 
     It compares every mean and standard deviation with those of the next rung, looks at the tails of the importance
-    weights and of the units, searches for other modes of the units, and simulates. It takes about as long as the fit, and
-    simulations about as long again; a user may interrupt these (Ctrl-C), and what was simulated counts.
+    weights and of the units, searches for other modes of the units, and simulates. It takes about as long as the fit,
+    and the simulations about as long again; a user may interrupt these (Ctrl-C), and what was simulated counts.
 
     Do not read a good verdict as proof: modes of the globals that no start led to are not seen; ``fit(..., starts=20)``
     looks for them.
