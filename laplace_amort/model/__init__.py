@@ -1,5 +1,6 @@
 """A Pyro model as a function of two tensors, globals and units."""
 
+from laplace_amort.model.calls import UnitModels, all_plates
 from laplace_amort.model.fingerprint import Fingerprint
 from laplace_amort.model.handlers import SubsampledPlate
 from laplace_amort.model.layout import UnitLayout, find_layout
@@ -9,7 +10,7 @@ from laplace_amort.model.particles import takes_particles
 from laplace_amort.model.simulated import simulated_units
 from laplace_amort.model.sites import plates_of, undressed
 from laplace_amort.model.terms import unit_terms
-from laplace_amort.model.unit_model import UnitModel, UnitModels, all_plates
+from laplace_amort.model.unit_model import UnitModel
 
 __all__ = [
     "Fingerprint",

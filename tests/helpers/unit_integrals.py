@@ -12,8 +12,8 @@ from helpers.models import normals
 from helpers.separable import KnownMode
 from helpers.unit_models import UNIT_MODELS
 from laplace_amort.autodiff.batching import SeparableDensity
+from laplace_amort.model.calls import UnitModels
 from laplace_amort.model.terms import unit_terms
-from laplace_amort.model.unit_model import UnitModels
 from laplace_amort.units.integrals import Integrals, Reduction, UnitIntegrals
 from laplace_amort.units.quadrature import QuadraturePoints, QuadratureRule
 

@@ -47,9 +47,7 @@ GROUP = torch.arange(12) % 4
 CASES = {
     "poisson": (counted, (poisson_counts(8).double(),)),
     "indexed": (indexed, (GROUP, torch.linspace(0.5, 2.0, 12), (GROUP > 1).double())),
-    **{
-        name: (UNIT_MODELS[name]().model, UNIT_MODELS[name]().args) for name in ("binomial_slopes", "dim_minus_three")
-    },
+    **{name: (UNIT_MODELS[name]().model, UNIT_MODELS[name]().args) for name in ("binomial_slopes", "dim_minus_three")},
 }
 
 

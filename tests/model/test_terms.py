@@ -14,8 +14,8 @@ from pyro import poutine
 from laplace_amort.autodiff.recording import Recording
 from laplace_amort.errors import RecordingError
 from laplace_amort.model import terms as room
+from laplace_amort.model.calls import UnitModels
 from laplace_amort.model.terms import unit_terms
-from laplace_amort.model.unit_model import UnitModels
 
 
 def unit_model_of(case):

@@ -12,8 +12,8 @@ from helpers.unit_models import poisson_by_visit
 from laplace_amort import AutoLaplaceFamily
 from laplace_amort.errors import StructureError
 from laplace_amort.model import terms as room
+from laplace_amort.model.calls import UnitModels
 from laplace_amort.model.terms import unit_terms
-from laplace_amort.model.unit_model import UnitModels
 
 FIRST, SECOND = torch.tensor([2, 0, 0, 4]), torch.tensor([1, 3, 0, 4])
 Z = torch.tensor([0.3, -1.0, 2.0, 0.4], dtype=torch.float64)

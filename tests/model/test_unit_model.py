@@ -15,7 +15,7 @@ from pyro.distributions import constraints
 from pyro.infer.autoguide.initialization import init_to_mean
 
 from laplace_amort import LogJoint, ModelError
-from laplace_amort.model.unit_model import UnitModels
+from laplace_amort.model.calls import UnitModels
 
 
 def make(case, chosen=None):
