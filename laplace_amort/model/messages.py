@@ -13,7 +13,7 @@ from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from laplace_amort.errors import LaplaceAmortError, ModelError
+from laplace_amort.errors import LaplaceAmortError, ModelError, RecordingError
 from laplace_amort.model.sites import is_fixed, layers_of, undressed
 
 __all__ = ["explained", "observed", "of_density", "of_run", "refuse_impossible_data"]
@@ -28,7 +28,7 @@ _ARRAY = re.compile(r"ndarray|'(Series|DataFrame)'")
 
 
 @contextmanager
-def explained(explain: Callable[[Exception], ModelError | None]) -> Iterator[None]:
+def explained(explain: Callable[[Exception], LaplaceAmortError | None]) -> Iterator[None]:
     """Put an explanation in place of an error that is raised inside, where there is one."""
     try:
         yield
@@ -41,7 +41,7 @@ def explained(explain: Callable[[Exception], ModelError | None]) -> Iterator[Non
 
 def of_run(
     error: Exception, trace: Any, model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> ModelError | None:
+) -> ModelError | RecordingError | None:
     """Explain what a run of a model raised; None where its own message is the best.
 
     :param Exception error: of Pyro, torch or Python.
@@ -52,7 +52,7 @@ def of_run(
     """
     if isinstance(error, LaplaceAmortError):
         said, *shapes = _SHAPES.split(str(error))  # shapes name no more sites
-        return ModelError(said) if shapes and type(error) is ModelError else None
+        return type(error)(said) if shapes and isinstance(error, ModelError | RecordingError) else None
     line = str(error).split("\n")[0]
     if isinstance(error, IndexError | TypeError):
         return _of_lookup(error, line, trace)

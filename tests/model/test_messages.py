@@ -5,7 +5,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from laplace_amort import AutoLaplaceFamily, LogJoint, ModelError, fit
+from laplace_amort import AutoLaplaceFamily, LogJoint, MarginalLaplace, ModelError, fit
 
 GROUP = torch.arange(12) % 4
 Z = (torch.arange(12) % 3 == 0).double()
@@ -175,6 +175,22 @@ def test_the_message_has_site_plate_and_the_line_to_type(slip):
         AutoLaplaceFamily(model)(*(z if isinstance(z, tuple) else (z,)))
     assert "Trace Shapes" not in str(caught.value)
     assert [part for part in parts if part not in str(caught.value)] == []
+
+
+def test_the_reason_why_a_model_is_not_recorded_has_no_table_of_shapes():
+    """Pyro appends one to every error that passes its handlers, those of the recorder among them."""
+
+    def branching(z):
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        scale = 1.0 if mu > 1e9 else 2.0
+        with pyro.plate("units", len(z)):
+            y = pyro.sample("y", dist.Normal(mu, 1.0))
+            pyro.sample("z", dist.Normal(y, scale), obs=z)
+
+    result = fit(branching, AutoLaplaceFamily(branching), Z, objective=MarginalLaplace(), progress=False)
+    (note,) = [note for note in result.notes if "ran the model in Python" in note]
+    assert note.endswith("to branch on it?")
+    assert all("Trace Shapes" not in note for note in result.notes)
 
 
 def test_the_line_to_type_works():
