@@ -76,13 +76,13 @@ class KnownConditionals:
         :param Tensor otherwise: the guess ``(S, N, k)`` where the globals lie outside of those that are known, or these
             are few.
         """
-        if self._found is None or len(self._rows) < _EACH * (1 + 2 * globals_.shape[1]):
+        known = None if self._found is None else self._found.found.all(-1)
+        if self._found is None or known is None or int(known.sum()) < _EACH * (1 + 2 * globals_.shape[1]):
             return otherwise
         seen = torch.cat(self._globals)
         center, scale = seen.mean(0), seen.std(0).clamp(min=torch.finfo(seen.dtype).tiny)
         z = (seen - center) / scale
         if self._regression is None:
-            known = self._found.found.all(-1)
             modes = self._found.mode[known].flatten(1)
             self._regression = torch.linalg.lstsq(_features(z[known]), modes, driver="gelsd").solution
         new = (globals_ - center) / scale

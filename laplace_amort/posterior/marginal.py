@@ -32,6 +32,8 @@ _EACH, _COEFFICIENTS = 3, 45
 # Standard deviation of what the polynomial leaves, in logarithms of the density. It is unlike the globals and their
 # squares, so that it moves means by far less standard deviations than that.
 _ACCURACY = 0.05
+# How far a polynomial reaches, as a multiple of where the draws are that it goes through, and at least.
+_REACH, _LEAST = 1.5, 4.0
 # Draws of every later call at which the polynomial is tried.
 _TRIED = 16
 
@@ -133,10 +135,13 @@ class _Polynomial:
 
     :param Vector coefficients: of :func:`_products`.
     :param float typical: the log density at a typical draw: what lies far below is of no weight.
+    :param Vector reach: how far from the center it is one, ``(d,)``. Further out it is what it is there: squares that
+        grow on would outgrow a density whose tail falls slowly.
     """
 
     coefficients: Vector
     typical: float
+    reach: Vector
 
     @classmethod
     def through(cls, z: Vector, exact: Vector, rough: Vector) -> _Polynomial | None:
@@ -148,11 +153,14 @@ class _Polynomial:
         left = exact - rough - features @ coefficients
         freedom = len(z) - features.shape[1]
         goes_through = freedom > 0 and (left**2).sum() <= freedom * _ACCURACY**2
-        return cls(numpy.asarray(coefficients, dtype=float), float(numpy.median(exact))) if goes_through else None
+        if not goes_through:
+            return None
+        reach = numpy.maximum(_REACH * numpy.abs(z).max(0), _LEAST)
+        return cls(numpy.asarray(coefficients, dtype=float), float(numpy.median(exact)), reach)
 
     def at(self, z: Vector) -> Vector:
         """Evaluate it at standardized globals ``(S, d)``, as ``(S,)``."""
-        values: Vector = _features(z) @ self.coefficients
+        values: Vector = _features(z.clip(-self.reach, self.reach)) @ self.coefficients
         return values
 
     def holds(self, z: Vector, exact: Vector, rough: Vector) -> bool:

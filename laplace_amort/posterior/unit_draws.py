@@ -29,8 +29,8 @@ from laplace_amort.units import (
 
 __all__ = ["LinearUnits", "NestedUnits", "UnitPosterior", "WeightedPoints", "WeightedUnits"]
 
-# Points from which one draw of a unit is chosen: of one dimension, and of more.
-_CANDIDATES = 16, 32
+# Points from which one draw of a unit is chosen: of one dimension, two, three, and more.
+_CANDIDATES = 16, 32, 32, 64
 # Points for averages over a normal unit: along each of up to three dimensions, or in all.
 _GRID, _MATCHED = (9, 7, 5), 256
 
@@ -200,7 +200,7 @@ class WeightedUnits(NestedUnits):
     def _candidates(self, there: Conditionals, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Points ``(S, M, N, k)`` of a t distribution, evenly spread but shifted at random; and their log density."""
         s, n, k = there.mode.shape
-        grid = torch.from_numpy(_evenly_spread(_CANDIDATES[k > 1], k + (k > 1)))
+        grid = torch.from_numpy(_evenly_spread(_CANDIDATES[min(k, len(_CANDIDATES)) - 1], k + (k > 1)))
         shift = torch.rand(s, 1, n, grid.shape[-1], generator=generator, dtype=torch.float64)
         uniform = (grid[:, None] + shift).remainder(1.0).clamp(1e-9, 1 - 1e-9).to(there.mode)
         points = _t2_points(uniform)

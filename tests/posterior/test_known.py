@@ -109,6 +109,14 @@ def test_no_guess_from_few_nor_outside():
     assert not torch.equal(guess[0], otherwise[0])
 
 
+@pytest.mark.parametrize("found", [0, 20])
+def test_no_guess_from_lost_modes(found):
+    """Of forty places, few or none have all of their modes; there are seven coefficients."""
+    known, otherwise = KnownConditionals(), normals(2, N, K)
+    known.at(normals(40, 3), Searched(lost=range(found, 40)))
+    assert known.predicted(torch.zeros(2, 3), otherwise) is otherwise
+
+
 def test_distinct_rows():
     rows = torch.tensor([[1.0, 2.0], [0.0, 5.0], [1.0, 2.0]])
     distinct, which = distinct_rows(rows)

@@ -93,6 +93,18 @@ def test_what_has_no_weight_does_not_count(monkeypatch):
     assert planted.exact == seen + 16
 
 
+def test_a_polynomial_does_not_outgrow_a_slow_tail(monkeypatch):
+    """Squares hold where the draws are; far out, where none of those tried is, they must not make mass of nothing."""
+    planted = Planted(monkeypatch, lambda z: 0.3 * numpy.minimum(z[:, 0] ** 2, 16.0))
+    density = MarginalDensity(planted)
+    density(matched_normal(256, D, 0))
+    near, far = matched_normal(64, D, 1), numpy.array([[40.0, 0.0]])
+    value = density(numpy.concatenate([near, far]))[-1]
+    one_point = -800.0
+    assert value - one_point < 0.3 * 6.0**2
+    assert density._polynomial.coefficients.max() > 0.25
+
+
 def test_lost_modes_are_nan(monkeypatch):
     planted = Planted(monkeypatch, lambda z: numpy.where(z[:, 1] > 2, numpy.nan, quadratic(z)))
     original = planted.log_densities
