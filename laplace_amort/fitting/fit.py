@@ -26,7 +26,7 @@ from laplace_amort.fitting.objectives.stochastic import Stochastic, WalkState
 from laplace_amort.fitting.optimizers import Optimizer, TrustRegion
 from laplace_amort.fitting.result import FitResult, Optimum, load_saved
 from laplace_amort.fitting.search import START_STEPS, find_maxima, fresh_value, positive
-from laplace_amort.guide import AutoLaplaceFamily, LaplaceGaussian, Problem
+from laplace_amort.guide import AutoLaplaceFamily, LaplaceGaussian, Problem, own_guide
 
 __all__ = ["fit"]
 
@@ -270,7 +270,7 @@ def _guide_and_arguments(model: Any, guide: Any, args: tuple[Any, ...]) -> tuple
         guide, *rest = args
         args = tuple(rest)
     if guide is None:
-        return AutoLaplaceFamily(model), args
+        return own_guide(model), args
     if not isinstance(guide, AutoLaplaceFamily):
         raise TypeError(
             f"fit needs a guide of the amortized Laplace family, got {type(guide).__name__}. Leave it out, and one is "
