@@ -20,7 +20,7 @@ from laplace_amort.posterior.known import distinct_rows
 from laplace_amort.posterior.marginal import marginal_sample
 from laplace_amort.posterior.quantiles import check_probabilities, quantiles_of_draws
 from laplace_amort.posterior.unit_draws import NestedUnits, UnitPosterior
-from laplace_amort.types import to_numpy
+from laplace_amort.types import Vector, to_numpy
 
 __all__ = ["DRAWS", "PosteriorDraws", "gaussian_sample"]
 
@@ -153,6 +153,19 @@ class PosteriorDraws:
         """Return the draws of the globals, ``(S, d)``, and their weights, ``(S,)``."""
         loc = self.gaussian.global_loc
         return torch.from_numpy(self.globals_.draws).to(loc), torch.from_numpy(self.globals_.weights).to(loc)
+
+    def some_globals(self, number: int) -> tuple[Tensor, Vector]:
+        """Return so many draws of the globals at most, ``(S, d)``, and their weights, ``(S,)``."""
+        globals_, _ = self.weighted_globals()
+        if len(globals_) <= number:
+            return globals_, self.globals_.weights
+        some = self._resampled(number, torch.Generator().manual_seed(self.seed))
+        return some, numpy.full(number, 1 / number)
+
+    @property
+    def is_gaussian(self) -> bool:
+        """Whether the globals are those of the Gaussian itself, as of an ELBO."""
+        return math.isnan(self.log_evidence)
 
     def _drawn(self, num_samples: int, seed: int | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Draws of globals and units with the places of these draws, those of the same globals together."""
