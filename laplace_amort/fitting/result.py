@@ -50,7 +50,8 @@ class Optimum:
     status: FitStatus
 
     def __repr__(self) -> str:
-        return f"Optimum({self.status.name}, objective {self.objective:.6g}, {self.num_starts} starts)"
+        starts = f"{self.num_starts} start{'s' if self.num_starts != 1 else ''}"
+        return f"Optimum({self.status.name}, objective {self.objective:.6g}, {starts})"
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,8 @@ def _varying(values: Vector) -> Vector:
 
 def _latent(posterior: PosteriorDraws) -> Iterator[Rows]:
     globals_, _ = posterior.weighted_globals()
-    weights, mean, sd = posterior.globals_.weights, posterior.mean(), posterior.std()
+    weights = posterior.globals_.weights
+    mean, sd = map(posterior.problem.rounded, posterior.global_moments)
     for name, value in posterior.gaussian.constrained_globals(globals_).items():
         support = _support(posterior, name)
         if support == "corr_cholesky":
