@@ -33,6 +33,7 @@ from laplace_amort.model.sites import (
     find_sites,
     plates_of,
     refuse_boundary,
+    scaled_sites,
     subsample_scale_of,
     transform_of,
 )
@@ -122,6 +123,11 @@ class LogJoint(ModelRuns):
         other = copy.copy(self)
         other.arithmetic = arithmetic
         return other.with_supports()
+
+    @property
+    def scaled(self) -> list[str]:
+        """Names of the sites that count with a weight (``poutine.scale``) beside that of a minibatch."""
+        return scaled_sites(self._run_at_zero(Indices(self.indices, strict=True)))
 
     def __repr__(self) -> str:
         return f"LogJoint of {self.size} unconstrained elements: {listed(self.sites)}"
