@@ -173,13 +173,16 @@ class FitResult:
         :param quantiles: between 0 and 1.
         :raises ValueError: if there is no posterior, with the reason.
         """
-        table = self._posterior_to_show.table(quantiles)
+        table = self.posterior_to_show().table(quantiles)
         if not any(reason.verdict is Verdict.NO_MOMENTS for reason in self.judgement.reasons):
             return table
         return table.without_moments({tail.name: tail.has_mean for tail in heavy_tails(self.posterior)})
 
-    @property
-    def _posterior_to_show(self) -> Posterior:
+    def posterior_to_show(self) -> Posterior:
+        """Return the posterior; after an interrupt the Gaussian where the fit was then, which takes no time.
+
+        :raises ValueError: if there is none, with the reason.
+        """
         try:
             if self.status is FitStatus.INTERRUPTED:
                 return FixedDrawELBO().posterior(self.problem, self.exact_gaussian(), self.seed)
@@ -203,6 +206,10 @@ class FitResult:
     def headline(self) -> str:
         """Return what is to be said of a fit before any table: how it ended, where, repairs, other optima, notes."""
         return shown.headline(self)
+
+    def how(self) -> str:
+        """Return how the posterior was found, in lines: objective, status, draws, and notes that no verdict has."""
+        return shown.how_found(self)
 
     def predictive(self, units: Units = SeenUnits(), **options: Any) -> Predictive:  # noqa: B008 (never changes)
         """Return Pyro's ``Predictive`` for this fit; see :meth:`Posterior.predictive` for its options."""

@@ -51,7 +51,8 @@ class GlobalFunctions:
 def find_functions(model: UnitModel, global_: Tensor, local: Tensor) -> GlobalFunctions:
     """Find the deterministic sites of a model that no unit has a part in.
 
-    Those in the plate of the units, or in one of observations, are none. It takes four runs, and one where there are none.
+    Those in the plate of the units, or in one of observations, do not count. It takes four runs; one, where there are
+    none.
 
     :param UnitModel model: not recorded.
     :param Tensor global_: near which the model is looked at, ``(d,)``.
@@ -107,4 +108,6 @@ def _follows(value: Tensor, units: Tensor) -> bool:
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and bool(torch.isclose(one, other.detach(), rtol=1e-9, atol=0, equal_nan=True).all())
+    return one.shape == other.shape and bool(
+        torch.isclose(one, other.detach(), rtol=1e-9, atol=0, equal_nan=True).all()
+    )

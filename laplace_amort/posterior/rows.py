@@ -56,8 +56,14 @@ class Rows(NamedTuple):
     def kept(self, which: Vector) -> Rows:
         """Return those of some places only, of which each is said by a boolean ``(n,)``."""
         index = numpy.flatnonzero(which)
-        names, depends = ([part[i] for i in index] for part in (self.names, self.depends))
-        return Rows(names, self.values[:, index], self.weights, self.mean[index], self.sd[index], depends)
+        return Rows(
+            [self.names[i] for i in index],
+            self.values[:, index],
+            self.weights,
+            self.mean[index],
+            self.sd[index],
+            [self.depends[i] for i in index],
+        )
 
 
 def rows_of(posterior: PosteriorDraws) -> tuple[list[Rows], list[str]]:
@@ -99,8 +105,8 @@ def _latent(posterior: PosteriorDraws) -> Iterator[Rows]:
             yield rows.kept(_lower(correlations.shape[1:], -1))
             continue
         names, flat = element_names(name, value.shape[1:]), to_numpy(value).reshape(len(globals_), -1)
-        moments = (to_numpy(part[name]).reshape(-1) for part in (mean, sd))
-        rows = Rows(names, flat, weights, *moments, [frozenset({one}) for one in names])
+        first, second = (to_numpy(part[name]).reshape(-1) for part in (mean, sd))
+        rows = Rows(names, flat, weights, first, second, [frozenset({one}) for one in names])
         below = {"corr_matrix": -1, "positive_definite": 0}.get(support)
         yield rows if below is None else rows.kept(_lower(value.shape[1:], below))
 
@@ -124,9 +130,7 @@ def _computed(names: list[str], values: Vector, weights: Vector, depends: list[f
     with numpy.errstate(invalid="ignore", over="ignore"):
         center = values[0]  # so that squares of small spreads have digits left
         first, second = weights @ (values - center), weights @ (values - center) ** 2
-        return Rows(
-            names, values, weights, center + first, numpy.sqrt((second - first**2).clip(min=0)), depends
-        )
+        return Rows(names, values, weights, center + first, numpy.sqrt((second - first**2).clip(min=0)), depends)
 
 
 # ------------------------------------------------------------------------------------------------ deterministic sites

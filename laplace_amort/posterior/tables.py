@@ -133,9 +133,9 @@ class GlobalsTable:
 
     def _repr_html_(self) -> str:
         columns = self.columns()
-        cells = [["-" if numpy.isnan(number) else f"{number:.4g}" for number in row] for row in zip(*columns.values())]
+        cells = [["-" if numpy.isnan(number) else f"{number:.4g}" for number in part] for part in columns.values()]
         header = ["global", *(name.replace("%", " %") for name in columns)]
-        rows = [[name, *row] for name, row in zip(self.names, cells, strict=True)]
+        rows = list(zip(self.names, *cells, strict=True))
         return "".join([markup.table(header, rows, self.title), *map(markup.paragraph, self.notes)])
 
     def to_frame(self) -> Any:
