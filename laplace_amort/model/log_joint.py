@@ -257,6 +257,11 @@ class LogJoint(ModelRuns):
         """Return a trace of the model at the start that :meth:`initial` gives."""
         return self._run_whole(InitMessenger(feasible(init_loc_fn)))
 
+    def trace_at(self, unconstrained: Mapping[str, Tensor]) -> Any:
+        """Return a trace of the model at unconstrained values of every site."""
+        with self.arithmetic:
+            return self._run_whole(Feed(unconstrained, self.sites))
+
     def log_jacobian(self, packed: Tensor) -> Tensor:
         r"""Return :math:`\log|\partial x/\partial u|` at a packed ``(D,)``, a scalar; without subsampling factors."""
         unconstrained, total = self.unpack(packed), packed.new_zeros(())
