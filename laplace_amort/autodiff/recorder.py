@@ -55,8 +55,8 @@ def _index_put(to: Tensor, indices: list[Tensor | None], values: Tensor, accumul
     return found
 
 
-# What torch cannot differentiate, cannot map (slices without an end), maps wrongly, or does only in the memory layout that it was in
-# before the algebra; and what does the same.
+# What torch cannot differentiate, cannot map (slices without an end), maps wrongly, or does only in the memory layout
+# that it was in before the algebra; and what does the same.
 _INSTEAD: dict[Any, Callable[..., Any]] = {
     _aten.copy.default: _copy,
     _aten.select_scatter.default: _select_scatter,

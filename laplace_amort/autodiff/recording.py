@@ -210,7 +210,8 @@ def _differences(found: Sequence[Tensor], right: Sequence[Tensor]) -> Iterator[t
     """Yield which of value and gradients differ by more than rounding errors, and by how much."""
     # Data in float64 make a value in float64 of latents in float32, with the rounding errors of these.
     rounding = max(torch.finfo(part.dtype).eps for part in right)
-    for what, one, other in zip(("value", "gradient in the globals", "gradient in the units"), found, right, strict=True):
+    names = "value", "gradient in the globals", "gradient in the units"
+    for what, one, other in zip(names, found, right, strict=True):
         finite = other[other.isfinite()]
         size = 1 + finite.abs().max() if finite.numel() else 1
         same = (one - other).abs() <= rounding**_SHARE * size
