@@ -29,6 +29,7 @@ __all__ = [  # noqa: RUF022
     "Diagnosis",
     "DualPath",
     "DualPathParam",
+    "Errors",
     "Finding",
     "FitResult",
     "FitStatus",
@@ -37,6 +38,7 @@ __all__ = [  # noqa: RUF022
     "GuideCheckError",
     "InformationError",
     "JointCurvature",
+    "Judgement",
     "LaplaceAmortError",
     "LaplaceGaussian",
     "Level",
@@ -57,6 +59,7 @@ __all__ = [  # noqa: RUF022
     "PathMissingWarning",
     "Posterior",
     "QuasiNewton",
+    "Reason",
     "RecordingError",
     "RepairReport",
     "ResumeError",
@@ -66,6 +69,7 @@ __all__ = [  # noqa: RUF022
     "StudentPoints",
     "TrustRegion",
     "UnitLayout",
+    "Verdict",
     "arrowhead_information",
     "check_paths",
     "check_structure",
@@ -115,14 +119,18 @@ if TYPE_CHECKING:
         StructureError,
     )
     from laplace_amort.fitting import (
+        Errors,
         FitResult,
         FitStatus,
+        Judgement,
         MarginalQuadrature,
         NestedELBO,
         Optimum,
         QuasiNewton,
+        Reason,
         Step,
         TrustRegion,
+        Verdict,
     )
     from laplace_amort.guide import JointCurvature, LaplaceGaussian, MarginalCurvature, routes
     from laplace_amort.linalg import Arrowhead, Boost, ModifiedCholesky, NoRepair, RepairReport
@@ -145,8 +153,8 @@ else:
             "errors": "GuideCheckError InformationError LaplaceAmortError ModeNotFoundError ModeWarning ModelError "
             "NotPositiveDefiniteError PathError PathLeakError PathMissingWarning RecordingError ResumeError "
             "StructureError",
-            "fitting": "FitResult FitStatus FixedDrawELBO Ladder MarginalLaplace MarginalQuadrature NestedELBO Optimum "
-            "QuasiNewton Step Stochastic TrustRegion fit",
+            "fitting": "Errors FitResult FitStatus FixedDrawELBO Judgement Ladder MarginalLaplace MarginalQuadrature "
+            "NestedELBO Optimum QuasiNewton Reason Step Stochastic TrustRegion Verdict fit",
             "guide": "AutoLaplaceFamily JointCurvature LaplaceGaussian MarginalCurvature dual_path_param routes",
             "linalg": "Arrowhead Boost ModifiedCholesky NoRepair RepairReport SoftAbs",
             "model": "LogJoint UnitLayout",

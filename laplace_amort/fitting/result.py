@@ -17,10 +17,14 @@ from torch import Tensor
 from laplace_amort.errors import ResumeError
 from laplace_amort.fitting.evaluation import FitStatus
 from laplace_amort.fitting.history import Step
+from laplace_amort.fitting.judge import judge
 from laplace_amort.fitting.objectives.base import Objective
+from laplace_amort.fitting.objectives.quadrature import MarginalQuadrature
+from laplace_amort.fitting.verdict import Errors, Judgement, Verdict
 from laplace_amort.guide import AutoLaplaceFamily, LaplaceGaussian, Problem
 from laplace_amort.linalg import RepairReport
 from laplace_amort.posterior import Posterior, SeenUnits, Units, globals_table, records_frame
+from laplace_amort.units import Laplace, QuadratureRule
 
 __all__ = ["FitResult", "Optimum", "load_saved"]
 
@@ -66,7 +70,10 @@ class FitResult:
     :param maximized: the objective that was, with its settings.
     :param Problem problem: the model at its data.
     :param int seed: of the fit.
-    :param LaplaceGaussian in_double: the posterior as it was computed; None if ``gaussian`` is.
+    :param Objective asked: the objective that was asked for, or taken by default.
+    :param bool check: whether the verdict compares the posterior with one by better integrals.
+    :param LaplaceGaussian in_double: the Gaussian as it was computed; None if ``gaussian`` is.
+    :param Posterior sampled: the posterior, where the fit has found it on its way; else None.
     """
 
     status: FitStatus
@@ -84,7 +91,10 @@ class FitResult:
     maximized: Objective = field(repr=False)
     problem: Problem = field(repr=False)
     seed: int = field(repr=False)
+    asked: Objective = field(repr=False)
+    check: bool = field(default=True, repr=False)
     in_double: LaplaceGaussian | None = field(default=None, repr=False)
+    sampled: Posterior | None = field(default=None, repr=False, compare=False)
 
     @cached_property
     def posterior(self) -> Posterior:
@@ -95,7 +105,29 @@ class FitResult:
 
         :raises ValueError: if the fit ended where there is no posterior.
         """
+        if self.sampled is not None:
+            return dataclasses.replace(self.sampled, gaussian=self.exact_gaussian())
         return self.maximized.posterior(self.problem, self.exact_gaussian(), self.seed)
+
+    @cached_property
+    def judgement(self) -> Judgement:
+        """The verdict with what it rests on, and the line to type next; looked at when it is first asked for."""
+        return judge(self)
+
+    @property
+    def verdict(self) -> Verdict:
+        """How far to trust the posterior: a sentence; ``verdict.ok`` if nothing speaks against it."""
+        return self.judgement.verdict
+
+    @property
+    def errors(self) -> Errors | None:
+        """How far off the posterior may be, as estimated; None where there was nothing to compare it with."""
+        return self.judgement.errors
+
+    @property
+    def rule(self) -> QuadratureRule:
+        """How the objective integrates over units: of all but a quadrature, one point each."""
+        return self.maximized.rule if isinstance(self.maximized, MarginalQuadrature) else Laplace()
 
     @property
     def head_report(self) -> RepairReport | None:

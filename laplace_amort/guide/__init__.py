@@ -2,8 +2,9 @@
 
 from laplace_amort.guide import routes
 from laplace_amort.guide.auto import AutoLaplaceFamily
-from laplace_amort.guide.gaussian import LaplaceGaussian, is_elementwise, is_exponential
+from laplace_amort.guide.gaussian import LaplaceGaussian, is_elementwise, is_exponential, is_identity
 from laplace_amort.guide.heads import Head, JointCurvature, KnownCurvature, MarginalCurvature
+from laplace_amort.guide.own import own_guide
 from laplace_amort.guide.params import dual_path_param
 from laplace_amort.guide.problem import Problem
 from laplace_amort.guide.vector import set_vector, to_vector
@@ -19,6 +20,8 @@ __all__ = [
     "dual_path_param",
     "is_elementwise",
     "is_exponential",
+    "is_identity",
+    "own_guide",
     "routes",
     "set_vector",
     "to_vector",

@@ -18,7 +18,7 @@ from laplace_amort.errors import ModelError
 from laplace_amort.linalg import Arrowhead, RepairReport
 from laplace_amort.model import UnitModel
 
-__all__ = ["LaplaceGaussian", "is_elementwise", "is_exponential"]
+__all__ = ["LaplaceGaussian", "is_elementwise", "is_exponential", "is_identity"]
 
 _NODES = 41  # of the Gauss-Hermite rule for means in constrained space
 
@@ -168,6 +168,12 @@ def is_exponential(transform: Transform | None) -> bool:
     if isinstance(transform, ComposeTransform):
         return any(is_exponential(part) for part in transform.parts)
     return isinstance(transform, ExpTransform)
+
+
+def is_identity(transform: Transform | None) -> bool:
+    """Tell whether the unconstrained value is the constrained one."""
+    transform = _of_one_event(transform)
+    return isinstance(transform, ComposeTransform) and all(is_identity(part) for part in transform.parts)
 
 
 def _of_one_event(transform: Any) -> Any:

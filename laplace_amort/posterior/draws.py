@@ -123,7 +123,7 @@ class PosteriorDraws:
         generator = torch.Generator().manual_seed(self.seed)
         draws = to_numpy(self._resampled(num_draws, generator))
         equal = numpy.full(num_draws, -math.log(num_draws))
-        globals_ = dataclasses.replace(self.globals_, draws=draws, log_weights=equal)
+        globals_ = dataclasses.replace(self.globals_, draws=draws, log_weights=equal, sets=None, known=0.0)
         return dataclasses.replace(self, globals_=globals_, averaged=num_draws)
 
     def mean(self) -> dict[str, Tensor]:
