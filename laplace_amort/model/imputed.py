@@ -24,7 +24,16 @@ from laplace_amort.errors import ModelError
 from laplace_amort.model.missing import inside
 from laplace_amort.model.sites import transform_of
 
-__all__ = ["Imputation", "alternatives", "first_difference", "is_imputed", "parts_of", "refuse_discrete", "standard_normal_where_seen", "unseen_of"]
+__all__ = [
+    "Imputation",
+    "alternatives",
+    "first_difference",
+    "is_imputed",
+    "parts_of",
+    "refuse_discrete",
+    "standard_normal_where_seen",
+    "unseen_of",
+]
 
 _OBSERVED, _UNOBSERVED = "_observed", "_unobserved"
 # What tells such a site in a trace, by which its mask is kept.
