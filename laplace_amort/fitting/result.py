@@ -174,6 +174,8 @@ class FitResult:
         :raises ValueError: if there is no posterior, with the reason.
         """
         table = self.posterior_to_show().table(quantiles)
+        if self.status is FitStatus.INTERRUPTED:
+            return dataclasses.replace(table, title="Gaussian approximation where the fit was interrupted")
         if not any(reason.verdict is Verdict.NO_MOMENTS for reason in self.judgement.reasons):
             return table
         return table.without_moments({tail.name: tail.has_mean for tail in heavy_tails(self.posterior)})

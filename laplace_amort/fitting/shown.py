@@ -6,6 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from laplace_amort.fitting.evaluation import FitStatus
+from laplace_amort.fitting.verdict import Verdict
 from laplace_amort.posterior import GlobalsTable, markup
 
 if TYPE_CHECKING:
@@ -21,7 +22,8 @@ def text(result: FitResult) -> str:
 
     :param FitResult result: the fit.
     """
-    return "\n\n".join([str(result.judgement), str(_table(result)), how_found(result)])
+    parts = [str(result.judgement), str(_table(result)), how_found(result)]
+    return "\n\n".join(part for part in parts if part)
 
 
 def html(result: FitResult) -> str:
@@ -36,7 +38,7 @@ def html(result: FitResult) -> str:
         [
             markup.strong(bold, dot + estimated, f"verdict {'ok' if result.verdict.ok else 'not-ok'}"),
             *([markup.paragraph(reasons, "reasons")] if reasons else []),
-            table._repr_html_() if isinstance(table, GlobalsTable) else markup.paragraph(table),
+            table._repr_html_() if isinstance(table, GlobalsTable) else markup.paragraph(table, "no-table"),
             markup.paragraph(how_found(result), "how"),
         ],
         "laplace-amort",
@@ -82,7 +84,9 @@ def how_found(result: FitResult) -> str:
 
 
 def _table(result: FitResult) -> GlobalsTable | str:
-    """The table; where there is none, a sentence why."""
+    """The table; where there is none, a sentence why, if the verdict has not said it."""
+    if result.verdict is Verdict.NO_POSTERIOR:
+        return ""
     try:
         return result.table()
     except ValueError as error:
