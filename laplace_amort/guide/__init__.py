@@ -2,6 +2,7 @@
 
 from laplace_amort.guide import routes
 from laplace_amort.guide.auto import AutoLaplaceFamily
+from laplace_amort.guide.collapse import Collapse, find_collapse
 from laplace_amort.guide.gaussian import LaplaceGaussian, is_elementwise, is_exponential, is_identity, of_one_event
 from laplace_amort.guide.heads import Head, JointCurvature, KnownCurvature, MarginalCurvature
 from laplace_amort.guide.own import own_guide
@@ -11,6 +12,7 @@ from laplace_amort.guide.vector import set_vector, to_vector
 
 __all__ = [
     "AutoLaplaceFamily",
+    "Collapse",
     "Head",
     "JointCurvature",
     "KnownCurvature",
@@ -18,6 +20,7 @@ __all__ = [
     "MarginalCurvature",
     "Problem",
     "dual_path_param",
+    "find_collapse",
     "is_elementwise",
     "is_exponential",
     "is_identity",

@@ -36,8 +36,8 @@ __all__ = [
     "log_abs_det",
     "plates_of",
     "refuse_boundary",
-    "subsample_scale_of",
     "scaled_sites",
+    "subsample_scale_of",
     "transform_of",
     "undressed",
 ]
