@@ -32,6 +32,7 @@ from laplace_amort.units import Laplace, QuadratureRule
 __all__ = ["FitResult", "Optimum", "load_saved"]
 
 _FORMAT = "laplace_amort fit 2"
+_NO_GRADIENT = 1e-6  # standard deviations below which a gradient is none, and its digits are rounding errors
 
 
 @dataclass(frozen=True)
@@ -194,24 +195,41 @@ class FitResult:
 
     def summary(self) -> str:
         """Return the verdict, a table of the globals, and how they were found: what ``print(result)`` shows."""
-        return shown.text(self)
+        return shown.text(self.judgement, self._table_or_reason(), self.how())
 
     def __str__(self) -> str:
         return self.summary()
 
     def __repr__(self) -> str:
-        return shown.in_one_line(self)
+        known = vars(self)  # nothing is computed for this
+        parts = [self.judgement.verdict.name] if "judgement" in known else []
+        parts += [self.status.name, repr(self.asked), self.problem.unit_model.sizes()]
+        if "posterior" in known and self.posterior.k_hat > -math.inf:
+            parts.append(f"k-hat {self.posterior.k_hat:.2g}")
+        return f"FitResult({', '.join(parts)})"
 
     def _repr_html_(self) -> str:
-        return shown.html(self)
+        return shown.html(self.judgement, self._table_or_reason(), self.how())
 
     def headline(self) -> str:
-        """Return what is to be said of a fit before any table: how it ended, where, repairs, other optima, notes."""
-        return shown.headline(self)
+        """Return how the fit ended, without a look at the posterior: status, value, repairs, other optima, notes."""
+        lines = [f"{self.status.name}: {self.status}", self._where()]
+        for what, report in self._repairs():
+            lines.append(_repaired(what, report))
+            if what == "globals" and self.num_draws and self.status is FitStatus.CONVERGED:
+                lines[-1] += "; do not rely on the scales, integrate over the units:\n    fit(model, *args)"
+        return "\n".join([*lines, *self._other_optima(), *self.notes])
 
     def how(self) -> str:
         """Return how the posterior was found, in lines: objective, status, draws, and notes that no verdict has."""
-        return shown.how_found(self)
+        said, taken = str(self.judgement), ""
+        if self.asked != self.maximized:
+            taken = f", which took {self.maximized!r}"
+        lines = [f"found by {self.asked!r}{taken}", f"{self.status.name}: {self.status}", self._where()]
+        if "posterior" in vars(self):  # the table needed it, where there is one
+            lines.append(self.posterior.how())
+        rest = [*(_repaired(*repair) for repair in self._repairs()), *self.notes]
+        return "\n".join([*lines, *self._other_optima(), *(line for line in rest if line not in said)])
 
     def predictive(self, units: Units = SeenUnits(), **options: Any) -> Predictive:  # noqa: B008 (never changes)
         """Return Pyro's ``Predictive`` for this fit; see :meth:`Posterior.predictive` for its options."""
@@ -234,6 +252,35 @@ class FitResult:
         """
         names = [one.name for one in dataclasses.fields(Step)]
         return records_frame([dataclasses.asdict(step) for step in self.history], names)
+
+    def _table_or_reason(self) -> GlobalsTable | str:
+        """The table; where there is none, a sentence why, if the verdict has not said it."""
+        if self.verdict is Verdict.NO_POSTERIOR:
+            return ""
+        try:
+            return self.table()
+        except ValueError as error:
+            return str(error)
+
+    def _where(self) -> str:
+        value = f"objective {self.objective:.6g}"
+        if self.standard_error:
+            value += f" ± {self.standard_error:.2g}"
+        draws = f", {self.num_draws} draws" if self.num_draws else ""
+        size = f"{self.gradient_norm:.2g}" if self.gradient_norm >= _NO_GRADIENT else f"under {_NO_GRADIENT:g}"
+        gradient = f"gradient {size} posterior sd" if math.isfinite(self.gradient_norm) else ""
+        evaluations = f"{len(self.history)} evaluations{draws}, {self.seconds:.3g} s"
+        return "; ".join(part for part in (value, gradient, evaluations) if part)
+
+    def _other_optima(self) -> list[str]:
+        if len(self.optima) < 2:
+            return []
+        found = ", ".join(f"{optimum.objective:.6g} ({optimum.num_starts} starts)" for optimum in self.optima)
+        return [f"{len(self.optima)} optima were found: {found}"]
+
+    def _repairs(self) -> list[tuple[str, RepairReport]]:
+        reports = (("globals", self.head_report), ("units", self.tail_report))
+        return [(what, report) for what, report in reports if report is not None and report.num_repaired]
 
     def _attributes(self) -> dict[str, Any]:
         """What a file of this fit should say about it: numbers and words."""
@@ -266,6 +313,10 @@ class FitResult:
         if self.gaussian is None:
             raise ValueError(f"there is no posterior: {self.status}")
         return self.in_double or self.gaussian
+
+
+def _repaired(what: str, report: RepairReport) -> str:
+    return f"the precision of the {what} is not that of a maximum: {report}"
 
 
 def load_saved(resume: FitResult | str | Path) -> Any:
