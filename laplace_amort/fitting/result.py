@@ -268,7 +268,8 @@ class FitResult:
             value += f" ± {self.standard_error:.2g}"
         draws = f", {self.num_draws} draws" if self.num_draws else ""
         size = f"{self.gradient_norm:.2g}" if self.gradient_norm >= _NO_GRADIENT else f"under {_NO_GRADIENT:g}"
-        gradient = f"gradient {size} posterior sd" if math.isfinite(self.gradient_norm) else ""
+        is_one = math.isfinite(self.objective) and math.isfinite(self.gradient_norm)
+        gradient = f"gradient {size} posterior sd" if is_one else ""
         evaluations = f"{len(self.history)} evaluations{draws}, {self.seconds:.3g} s"
         return "; ".join(part for part in (value, gradient, evaluations) if part)
 
