@@ -186,11 +186,12 @@ class FitResult:
 
         :raises ValueError: if there is none, with the reason.
         """
+        gaussian = self.exact_gaussian()
         try:
             if self.status is FitStatus.INTERRUPTED:
-                return FixedDrawELBO().posterior(self.problem, self.exact_gaussian(), self.seed)
+                return FixedDrawELBO().posterior(self.problem, gaussian, self.seed)
             return self.posterior
-        except (*NUMERICAL_ERRORS, LaplaceAmortError) as error:
+        except (*NUMERICAL_ERRORS, LaplaceAmortError, ValueError) as error:
             raise ValueError(f"there is no posterior: {error}") from error
 
     def summary(self) -> str:
