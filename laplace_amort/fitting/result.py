@@ -22,6 +22,7 @@ from laplace_amort.fitting.history import Step
 from laplace_amort.fitting.judge import judge
 from laplace_amort.fitting.objectives.base import Objective
 from laplace_amort.fitting.objectives.elbo import FixedDrawELBO
+from laplace_amort.fitting.objectives.ladder import Ladder
 from laplace_amort.fitting.objectives.quadrature import MarginalQuadrature
 from laplace_amort.fitting.verdict import Errors, Judgement, Verdict
 from laplace_amort.guide import AutoLaplaceFamily, LaplaceGaussian, Problem
@@ -223,9 +224,8 @@ class FitResult:
 
     def how(self) -> str:
         """Return how the posterior was found, in lines: objective, status, draws, and notes that no verdict has."""
-        said, taken = str(self.judgement), ""
-        if self.asked != self.maximized:
-            taken = f", which took {self.maximized!r}"
+        said = str(self.judgement)
+        taken = f", which took {self.maximized!r}" if isinstance(self.asked, Ladder) else ""
         lines = [f"found by {self.asked!r}{taken}", f"{self.status.name}: {self.status}", self._where()]
         if "posterior" in vars(self):  # the table needed it, where there is one
             lines.append(self.posterior.how())

@@ -39,12 +39,17 @@ def with_functions(z):
     pyro.deterministic("pair", torch.stack([2 * a, torch.ones_like(a)], -1))
     pyro.deterministic("matrix", b.unsqueeze(-1) * b.unsqueeze(-2), event_dim=2)
     pyro.deterministic("constant", torch.tensor(5.0))
+    pyro.deterministic("step", b[..., 0] > 0.1)
     with pyro.plate("units", len(z)):
         y = pyro.sample("y", dist.Normal(a + b.sum(-1), 1.0))
         pyro.deterministic("inside", y + a)
         pyro.sample("z", dist.Normal(y, 1.0), obs=z)
     pyro.deterministic("of_units", y.sum() + a)
     pyro.deterministic("of_units_without_a_graph", y.detach().sum() + a)
+    pyro.deterministic("of_units_far_away", a + (y > 100).any())
+    written = torch.zeros(2)
+    written[0], written[1] = y[..., 0], a
+    pyro.deterministic("of_units_in_place", written)
     with pyro.plate("rows", 6):
         pyro.deterministic("row", a * torch.arange(6.0))
         pyro.sample("x", dist.Normal(a, 1.0), obs=torch.zeros(6))
@@ -52,7 +57,8 @@ def with_functions(z):
 
 def test_deterministic_sites_that_depend_on_globals_alone():
     posterior = posterior_of(with_functions, Z)
-    names = ["a", "b[0]", "b[1]", "effect", "pair[0]", *(f"matrix[{i}, {j}]" for i in range(2) for j in range(2))]
+    matrix = [f"matrix[{i}, {j}]" for i in range(2) for j in range(2)]
+    names = ["a", "b[0]", "b[1]", "effect", "pair[0]", *matrix, "step"]
     table = posterior.table([0.1, 0.5])
     assert table.names == names
     frame = posterior.to_frame([0.1, 0.5])
@@ -65,6 +71,7 @@ def test_deterministic_sites_that_depend_on_globals_alone():
     assert frame.loc["effect", "mean"] == pytest.approx(mean)
     assert frame.loc["effect", "sd"] == pytest.approx(float(weights @ (effect - mean) ** 2) ** 0.5)
     assert frame.loc["matrix[0, 1]", "mean"] == pytest.approx(float(weights @ (globals_[:, 1] * globals_[:, 2])))
+    assert frame.loc["step", "mean"] == pytest.approx(float(weights @ (globals_[:, 1] > 0.1).to(weights)))
     assert rows(posterior)["effect"] == [f"{x:.4g}" for x in posterior.to_frame().loc["effect"]]
 
 
