@@ -109,8 +109,8 @@ def _refuse_not_finite(node: Any) -> None:
             masked = f"{masked}.to_event({fn.event_dim})"
         seen = whole
     raise ModelError(
-        f"{found.said}. Leave these observations out, with their covariates, or mask them; or have them drawn from what "
-        "the model says of them:\n"
+        f"{found.said}. Leave these observations out, with their covariates, or mask them; or have them drawn from "
+        "what the model says of them:\n"
         f"    pyro.sample('{name}', {masked}, obs={filled})\n"
         f"    pyro.sample('{name}', dist..., obs={filled}, obs_mask={seen})"
     )
