@@ -5,7 +5,7 @@ from laplace_amort.model.fingerprint import Fingerprint
 from laplace_amort.model.handlers import SubsampledPlate
 from laplace_amort.model.layout import UnitLayout, find_layout
 from laplace_amort.model.log_joint import LogJoint
-from laplace_amort.model.observed import ObservedSite, observed_sites, with_data_drawn
+from laplace_amort.model.observed import ObservedSite, observed_sites, with_data_completed, with_data_drawn
 from laplace_amort.model.particles import takes_particles
 from laplace_amort.model.simulated import simulated_units
 from laplace_amort.model.sites import plates_of, undressed
@@ -28,5 +28,6 @@ __all__ = [
     "takes_particles",
     "undressed",
     "unit_terms",
+    "with_data_completed",
     "with_data_drawn",
 ]

@@ -12,13 +12,13 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from laplace_amort.autodiff import AsWritten
-from laplace_amort.model.handlers import Uncondition
+from laplace_amort.model.handlers import Completion, Uncondition
 from laplace_amort.model.imputed import is_imputed
 from laplace_amort.model.missing import seen_elements
 from laplace_amort.model.sites import init_to_zero, plates_of, undressed
 from laplace_amort.model.unit_model import UnitModel
 
-__all__ = ["ObservedSite", "observed_sites", "with_data_drawn"]
+__all__ = ["ObservedSite", "observed_sites", "with_data_completed", "with_data_drawn"]
 
 
 class ObservedSite(NamedTuple):
@@ -69,6 +69,12 @@ def observed_sites(model: UnitModel) -> dict[str, ObservedSite]:
         seen = None if seen is None else seen.broadcast_to(value.shape)
         found[name] = ObservedSite(name, value.detach(), plates_of(node), event_dim, deterministic, seen)
     return found
+
+
+def with_data_completed(model: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a model that others can run: its data as densities take them, possible where a mask hides them."""
+    completed: Callable[..., Any] = Completion()(model)
+    return completed
 
 
 def with_data_drawn(model: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,6 +11,7 @@ NUM_UNITS, NUM_VISITS = 8, 4
 _GENERATOR = torch.Generator().manual_seed(0)
 SEEN = torch.rand(NUM_UNITS, NUM_VISITS, generator=_GENERATOR) > 0.3
 CENTERS = torch.randn(NUM_UNITS, 1, generator=_GENERATOR, dtype=torch.float64)
+SEEN_Z = ~SEEN.roll(1, 0)
 UNIT = torch.arange(NUM_UNITS).repeat_interleave(NUM_VISITS)
 
 KINDS = {
@@ -66,7 +67,7 @@ def beside(kind, how, values, seen=SEEN):
         observe(how, KINDS[kind](y[..., UNIT]), values.flatten(), seen.flatten())
 
 
-def covariate(how, x, z, seen_x=SEEN, seen_z=~SEEN.roll(1, 0)):
+def covariate(how, x, z, seen_x=SEEN, seen_z=SEEN_Z):
     """A covariate that is imputed, and an answer of which others are missing; or the same with both integrated out."""
     mean, spread = pyro.sample("mean", dist.Normal(0.0, 2.0)), pyro.sample("spread", dist.HalfNormal(1.0))
     slope, tau = pyro.sample("slope", dist.Normal(0.0, 2.0)), pyro.sample("tau", dist.HalfNormal(1.0))

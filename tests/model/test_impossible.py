@@ -183,7 +183,9 @@ def test_a_part_of_a_multivariate_normal_has_a_distribution_of_its_own():
     covariance = torch.eye(3) + 0.5
     data = put(torch.tensor([0.1, torch.nan, 0.2]), data=PARTS)
     with pytest.raises(ModelError, match=r"dist.NanMaskedMultivariateNormal\(...\), obs=data"):
-        AutoLaplaceFamily(model)(lambda u, tau: dist.MultivariateNormal(u.unsqueeze(-1).expand(NUM, 3), covariance), data)
+        AutoLaplaceFamily(model)(
+            lambda u, tau: dist.MultivariateNormal(u.unsqueeze(-1).expand(NUM, 3), covariance), data
+        )
     AutoLaplaceFamily(model)(
         lambda u, tau: dist.NanMaskedMultivariateNormal(u.unsqueeze(-1).expand(NUM, 3), covariance), data
     )

@@ -11,6 +11,7 @@ from torch.distributions import constraints
 from laplace_amort import AutoLaplaceFamily, LogJoint, ModelError
 
 Z = torch.tensor([0.5, -1.0, 2.0, 0.3], dtype=torch.float64)
+NORMAL = dist.Normal(0.0, 1.0)
 PART = torch.tensor([True, False, True, False])
 
 
@@ -18,7 +19,7 @@ def latents(model, *args):
     return list(LogJoint(model, *args).sites)
 
 
-def used(effect, hidden=dist.Normal(0.0, 1.0), seen=PART):
+def used(effect, hidden=NORMAL, seen=PART):
     """A site of which a part is hidden, with an effect on another: a function of coefficient and value."""
 
     def model(z=Z):

@@ -4,8 +4,8 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-
 from helpers.provokers import OwnBernoulli
+
 from laplace_amort import AutoLaplaceFamily, LogJoint, MarginalLaplace, ModelError, fit
 
 GROUP = torch.arange(12) % 4
