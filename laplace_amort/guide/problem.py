@@ -24,7 +24,14 @@ from laplace_amort.guide.heads import Head
 from laplace_amort.guide.precision import OwnNumbers, numbers_of
 from laplace_amort.guide.vector import set_vector, to_vector
 from laplace_amort.linalg import Arrowhead, repair_tails
-from laplace_amort.model import SubsampledPlate, UnitModel, simulated_units, takes_particles, unit_terms
+from laplace_amort.model import (
+    SubsampledPlate,
+    UnitModel,
+    simulated_units,
+    takes_particles,
+    unit_terms,
+    with_data_completed,
+)
 from laplace_amort.types import Vector
 from laplace_amort.units import FreeMode, Mode, NewtonMode, UnitIntegrals
 
@@ -124,6 +131,11 @@ class Problem:
         """All parameters there are, of guide and model, the globals first."""
         leaves = [*self.globals_(), *self.numbers.family.parameters(), *self.model_parameters]
         return list({id(leaf): leaf for leaf in leaves}.values())
+
+    @property
+    def completed_model(self) -> Callable[..., Any]:
+        """The model for an ELBO of Pyro's to run, which takes data as they are: possible where a mask hides them."""
+        return with_data_completed(self.guide.model)
 
     def takes_particles(self, num_particles: int) -> bool:
         """Whether the model can run in a plate of particles, as vectorized ELBOs of Pyro have it."""

@@ -17,7 +17,7 @@ from torch.distributions import constraints
 from laplace_amort.errors import ModelError
 from laplace_amort.model.sites import IDENTITY, layers_of, transform_of, undressed
 
-__all__ = ["as_missing_as", "completed", "inside", "is_data", "seen_elements", "seen_events"]
+__all__ = ["as_missing_as", "completed", "inside", "is_data", "seen_elements"]
 
 _NAN_MASKED = dist.NanMaskedNormal, dist.NanMaskedMultivariateNormal
 _LIBRARIES = "torch.", "pyro."
@@ -54,15 +54,6 @@ def seen_elements(node: Any) -> Tensor | None:
     return seen
 
 
-def seen_events(node: Any) -> Tensor | None:
-    """Return which terms of an observed site have anything that is seen, in its batch shape; None where all have."""
-    seen = seen_elements(node)
-    if seen is None:
-        return None
-    seen = seen.broadcast_to(torch.broadcast_shapes(seen.shape, node["fn"].shape()))
-    return seen.flatten(-node["fn"].event_dim).any(-1) if node["fn"].event_dim else seen
-
-
 def as_missing_as(data: Any, node: Any) -> Tensor:
     """Return the value of a site that was drawn, missing where its data are, for a distribution that looks for NaN.
 
@@ -78,9 +69,8 @@ def as_missing_as(data: Any, node: Any) -> Tensor:
 def _under_masks(node: Any, value: Tensor) -> Tensor | None:
     """Which elements are under no mask, of the site or of its distribution."""
     masks = [(node["mask"], node["fn"].event_dim)]
-    for layer in layers_of(node["fn"]):
-        if isinstance(layer, MaskedDistribution):
-            masks.append((layer._mask, layer.event_dim))
+    layers = [layer for layer in layers_of(node["fn"]) if isinstance(layer, MaskedDistribution)]
+    masks += [(layer._mask, layer.event_dim) for layer in layers]
     seen = None
     for mask, event_dim in masks:
         if mask is None or mask is True:
