@@ -45,6 +45,12 @@ class FitStatus(Status):
         "is elsewhere; take the ELBO: fit(model, *args, objective=FixedDrawELBO())",
     )
 
+    KINKED = (
+        8,
+        "not begun: the density has a kink, as of abs, relu, clamp, max or a Laplace density, where curvatures say "
+        "nothing; take what is smooth in its place",
+    )
+
     @property
     def ok(self) -> bool:
         """Whether the fit converged."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import time
 import warnings
 from collections.abc import Callable
@@ -164,7 +165,7 @@ def _maximized(
     maxima = find_maxima(history, objective, optimizer, starts)
     if history.problem.recheck():  # what was recorded was not the model everywhere: once again, without
         maxima = find_maxima(history, objective, optimizer)
-    if isinstance(objective, FixedDrawELBO) and maxima[0].status is not FitStatus.START_FAILED:
+    if isinstance(objective, FixedDrawELBO) and math.isfinite(maxima[0].evaluation.value):
         return maxima, fresh_value(history, objective)
     return maxima, None
 

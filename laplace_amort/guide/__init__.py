@@ -5,6 +5,7 @@ from laplace_amort.guide.auto import AutoLaplaceFamily
 from laplace_amort.guide.collapse import Collapse, find_collapse
 from laplace_amort.guide.gaussian import LaplaceGaussian, is_elementwise, is_exponential, is_identity
 from laplace_amort.guide.heads import Head, JointCurvature, KnownCurvature, MarginalCurvature
+from laplace_amort.guide.kinks import Kink, find_kink
 from laplace_amort.guide.own import own_guide
 from laplace_amort.guide.params import dual_path_param
 from laplace_amort.guide.problem import Problem
@@ -15,12 +16,14 @@ __all__ = [
     "Collapse",
     "Head",
     "JointCurvature",
+    "Kink",
     "KnownCurvature",
     "LaplaceGaussian",
     "MarginalCurvature",
     "Problem",
     "dual_path_param",
     "find_collapse",
+    "find_kink",
     "is_elementwise",
     "is_exponential",
     "is_identity",
