@@ -3,7 +3,7 @@
 from laplace_amort.guide import routes
 from laplace_amort.guide.auto import AutoLaplaceFamily
 from laplace_amort.guide.collapse import Collapse, find_collapse
-from laplace_amort.guide.gaussian import LaplaceGaussian, is_elementwise, is_exponential, is_identity
+from laplace_amort.guide.gaussian import LaplaceGaussian, is_elementwise, is_exponential, is_identity, of_one_event
 from laplace_amort.guide.heads import Head, JointCurvature, KnownCurvature, MarginalCurvature
 from laplace_amort.guide.kinks import Kink, find_kink
 from laplace_amort.guide.own import own_guide
@@ -27,6 +27,7 @@ __all__ = [
     "is_elementwise",
     "is_exponential",
     "is_identity",
+    "of_one_event",
     "own_guide",
     "routes",
     "set_vector",
