@@ -87,7 +87,10 @@ def _climbed_from(
         return lower
     history.problem.place(start if lower.status is FitStatus.COLLAPSED else torch.from_numpy(lower.point))
     history.problem.center_units(history.journal.call)
-    return _climbed(history, objective, optimizer)._replace(num_starts=lower.num_starts)
+    maximum = _climbed(history, objective, optimizer)
+    explained = maximum.status.ok or maximum.status is FitStatus.COLLAPSED
+    notes = maximum.notes if explained else (*lower.notes, *maximum.notes)
+    return maximum._replace(num_starts=lower.num_starts, notes=notes)
 
 
 def _climbed(history: History, objective: Objective, optimizer: Optimizer) -> Maximum:
@@ -101,8 +104,8 @@ def _climbed(history: History, objective: Objective, optimizer: Optimizer) -> Ma
     if not math.isfinite(maximum.evaluation.value):
         return maximum
     information = maximum.evaluation.information
-    ran = history.timed("scales", lambda: find_collapse(history.problem, maximum.point, information) is not None)
-    return maximum._replace(status=FitStatus.COLLAPSED) if ran else maximum
+    said = history.timed("scales", lambda: str(find_collapse(history.problem, maximum.point, information) or ""))
+    return maximum._replace(status=FitStatus.COLLAPSED, notes=(said,)) if said else maximum
 
 
 # --------------------------------------------------------------------------------------------------------------- starts

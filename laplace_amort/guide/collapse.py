@@ -40,6 +40,10 @@ class Collapse(NamedTuple):
     :param int number: of these effects.
     :param str plate: that they lie in; empty if in none.
     :param tuple children: how many units belong to each of the effects, where each unit belongs to one; else empty.
+    :param str unit_plate: the plate of the units.
+    :param str unit_site: the first site of the units.
+
+    ``str(collapse)`` is what a user reads: what happened, and the lines to type.
     """
 
     scale: str
@@ -48,6 +52,38 @@ class Collapse(NamedTuple):
     number: int
     plate: str
     children: tuple[int, ...]
+    unit_plate: str
+    unit_site: str
+
+    def __str__(self) -> str:
+        said = (
+            f"{self.scale} ran to {self.value:.2g} together with the {self.number} elements of '{self.effects}', of "
+            "which it is the scale. These are globals, which are not integrated over, and their joint density has its "
+            "peak, or no end, where scale and elements are zero"
+        )
+        return f"{said}. {self._nested() if self.children else self._crossed()}"
+
+    def _nested(self) -> str:
+        most = max(self.children)
+        each = f"{most} each" if min(self.children) == most else f"up to {most} each; mask the data that are not there"
+        return (
+            f"Each unit of '{self.unit_plate}' belongs to one of these elements: let them be the units, and integrated "
+            f"over, with a plate inside ({each}):\n"
+            f"    with pyro.plate('{self.plate or self.effects}', {self.number}, dim=-2):\n"
+            f"        {self.effects} = pyro.sample('{self.effects}', ...)\n"
+            f"        with pyro.plate('{self.unit_plate}', {most}, dim=-1):\n"
+            f"            {self.unit_site} = pyro.sample('{self.unit_site}', ...)   # of shape "
+            f"({self.number}, {most})"
+        )
+
+    def _crossed(self) -> str:
+        lines = "Take the ELBO, which knows how far they spread:\n    fit(model, *args, objective=FixedDrawELBO())"
+        if not self.plate:
+            return lines
+        return (
+            f"{lines}\nOr, where '{self.unit_plate}' say much of each of their own, let '{self.plate}' be the units:\n"
+            f"    fit(model, *args, guide=AutoLaplaceFamily(model, unit_plate='{self.plate}'))"
+        )
 
 
 @torch.no_grad()
@@ -104,6 +140,8 @@ def _collapsed(problem: Problem, point: Tensor, local: Tensor, information: Vect
                 number=len(share),
                 plate=site.plates[-1].name if site.plates else "",
                 children=_children(blocks.border[..., where]),
+                unit_plate=model.layout.frame.name,
+                unit_site=next(iter(model.layout.local_sites)),
             )
     return None
 

@@ -99,7 +99,7 @@ class ModelRuns:
         :raises ModelError: naming site, index and value.
         """
         trace = self._first()
-        refuse_impossible_data(trace)
+        refuse_impossible_data(trace, named(self.model, self.args, self.kwargs))
         for node in messages.observed(trace):  # that need not be kept any longer
             trace.remove_node(node["name"])
 
