@@ -69,10 +69,11 @@ def _few_steps(history: History, maximum: Maximum) -> Iterator[str]:
     values = [step.objective for step in history.steps if step.stage == history.steps[-1].stage]
     if maximum.status is not FitStatus.MAX_STEPS or not values:
         return
-    gain = max(values) - max(values[:-_LAST], default=values[0])
+    last = min(_LAST, len(values) - 1)
+    gain = max(values) - max(values[: len(values) - last])
     name = "TrustRegion" if history.steps[-1].stage == "marginal Laplace" else "QuasiNewton"
     yield (
-        f"after {len(values)} evaluations the objective was still rising, by {gain:.2g} in the last {_LAST} of them. "
+        f"after {len(values)} evaluations the objective was still rising, by {gain:.2g} in the last {last} of them. "
         f"Allow more:\n    fit(model, *args, optimizer={name}(max_steps=2000))"
     )
 

@@ -150,7 +150,8 @@ def _jumps(lines: Lines, zeros: Tensor) -> Tensor:
         nearer = _missing(left, middle) > _missing(middle, right)
         left, right = left.where(nearer, middle), middle.where(nearer, right)
     jump, total = _missing(left, right), slopes.diff(dim=0).abs().sum(0)
-    return torch.where((jump > _LEFT * first) & (jump > _JUMPS * total), jump / total, 0.0)
+    rounding = torch.finfo(zeros.dtype).eps ** 0.5 * slopes.abs().amax(0)
+    return torch.where((jump > _LEFT * first) & (jump > _JUMPS * total) & (jump > rounding), jump / total, 0.0)
 
 
 class _Ends(NamedTuple):
