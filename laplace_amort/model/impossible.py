@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import pyro
@@ -13,13 +13,15 @@ from torch.distributions import constraints
 
 from laplace_amort.errors import ModelError
 from laplace_amort.model.messages import observed
-from laplace_amort.model.missing import completed, inside, is_data, seen_elements
+from laplace_amort.model.missing import completed, inside, is_data, seen_elements, seen_events
 from laplace_amort.model.sites import is_fixed, layers_of, undressed
 
 __all__ = ["refuse_impossible_data"]
 
 
-def refuse_impossible_data(trace: Any, beside: Callable[[], Any]) -> None:
+def refuse_impossible_data(
+    trace: Any, beside: Callable[[], Any], arguments: Mapping[str, Any] | None = None
+) -> None:
     """Refuse data that no value of the latents makes possible, before a fit searches for one.
 
     A distribution without validation (``validate_args=False``) takes what it is given, except NaN, infinity and what
@@ -28,6 +30,7 @@ def refuse_impossible_data(trace: Any, beside: Callable[[], Any]) -> None:
     :param trace: of a run of the model, with supports that may depend on latents; these are left alone.
     :param beside: makes a trace at other latents, with their graph. At zero the density of a value at the edge of a
         support may exist although it does not beside it.
+    :param arguments: of the model by name, among which one that is NaN is looked for.
     :raises ModelError: naming site, index and value.
     """
     for node in observed(trace):
@@ -37,6 +40,7 @@ def refuse_impossible_data(trace: Any, beside: Callable[[], Any]) -> None:
             _refuse_not_finite(node)
             _refuse_on_edge(node, beside)
             _refuse_outside(node)
+            _refuse_nan(node, arguments or {})
 
 
 def _refuse_no_tensor(node: Any) -> None:
@@ -250,3 +254,29 @@ def _refuse_outside(node: Any) -> None:
         f"{said}: the support is {support}. If the data are right, take another distribution; or leave them out:\n"
         f"    pyro.sample('{name}', dist.{kind}(...).mask({_strictly_inside(*_bounds(support))}), obs=data)"
     )
+
+
+# ------------------------------------------------------------------------------------------------------- covariates
+
+
+def _refuse_nan(node: Any, arguments: Mapping[str, Any]) -> None:
+    """Refuse a covariate that is NaN where a density is: with validation, Pyro has done so before."""
+    missing = {name: value for name, value in arguments.items() if _has_nan(value)}
+    if not missing:
+        return
+    with torch.no_grad():
+        bad = _without_validation(node["fn"]).log_prob(completed(node)).isnan()
+    seen = seen_events(node)
+    bad = bad if seen is None else bad & seen
+    if bad.any():
+        name, value = next(iter(missing.items()))
+        raise ModelError(
+            f"the density of observed site '{node['name']}' is NaN at index {bad.nonzero()[0].tolist()}, and at "
+            f"{int(bad.sum())} of {bad.numel()}. Argument {name} of the model is NaN at index "
+            f"{value.isnan().nonzero()[0].tolist()}, as {int(value.isnan().sum())} of its {value.numel()} values are. "
+            f"Leave these observations out, of all columns:\n    keep = ~{name}.isnan()\n    {name} = {name}[keep]"
+        )
+
+
+def _has_nan(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and bool(value.isnan().any())

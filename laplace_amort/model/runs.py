@@ -106,7 +106,7 @@ class ModelRuns:
         :raises ModelError: naming site, index and value.
         """
         trace = self._first()
-        refuse_impossible_data(trace, self._run_beside)
+        refuse_impossible_data(trace, self._run_beside, named(self.model, self.args, self.kwargs))
         needed = {observed_part(name) for name in self.kept}
         for node in messages.observed(trace):  # most need not be kept any longer
             if node["name"] not in needed:
