@@ -151,7 +151,9 @@ def _misses_of_quantiles(posterior: Any, known: dict[str, Any]) -> dict[str, flo
         if known["heavy"][place]:
             for which, (low, high) in enumerate(known["quantiles"][place]):
                 middle = (low + high) / 2
-                found[f"{100 * PROBABILITIES[which]:g}% of {name}"] = abs(frame[name][which] - middle) / (high - low) * 2
+                found[f"{100 * PROBABILITIES[which]:g}% of {name}"] = (
+                    abs(frame[name][which] - middle) / (high - low) * 2
+                )
     return found
 
 

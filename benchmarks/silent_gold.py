@@ -417,7 +417,11 @@ def _rounds(units: Units, first: _Mixture, rng: np.random.Generator, nodes: int)
         wide = _together(_around(loc, root, {1.0: 0.5, 1.6: 0.3, 3.0: 0.2}), first, 0.2)
         weight = np.exp(log_weight - logsumexp(log_weight))
         proposal = _together(_clusters(all_y[rng.choice(len(all_y), size=1500, p=weight)], loc, root, rng), wide, 0.3)
-        if number + 1 >= LEAST_ROUNDS and _k_hat(log_weight[-ROUND:]) < 0.4 and 2 * _effective(log_weight[-ROUND:]) > ROUND:
+        if (
+            number + 1 >= LEAST_ROUNDS
+            and _k_hat(log_weight[-ROUND:]) < 0.4
+            and 2 * _effective(log_weight[-ROUND:]) > ROUND
+        ):
             break
         if number == 0:
             nodes = _settling(units, all_y[rng.choice(len(all_y), size=8, p=weight)])
