@@ -1,4 +1,4 @@
-"""Random models against gold: how often is a fit right, how often does it say that it is not, how often is it silent?
+"""Random models against gold: how many fits are right, how many say that they are not, how many are silent.
 
 Run ``python benchmarks/silent.py``: it fits the models of ``results/silent_gold.jsonl`` by the default call of ``fit``,
 and prints how it went. ``--objective NestedELBO FixedDrawELBO`` chooses objectives, ``--seeds 0:60`` models,
