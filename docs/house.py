@@ -23,7 +23,7 @@ _GROUND = ", ".join(GROUND)
 # From the roof down: what a floor is called, its color, and its rooms in an order in which arrows point down.
 FLOORS = [
     ("doors", "#b4552d", ["cli", "examples", PUBLIC, "plots", "testing"]),
-    ("a fit, and what comes of it", "#a8862b", ["diagnostics", "fitting", "posterior"]),
+    ("a fit, and what comes of it", "#a8862b", ["diagnostics", "fitting", "evidence", "posterior"]),
     ("the family", "#4d7a52", ["guide"]),
     ("Pyro comes in", "#3c7a89", ["model"]),
     ("tensors alone", "#3f5d8c", ["units", "autodiff", "linalg"]),

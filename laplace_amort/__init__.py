@@ -29,14 +29,17 @@ __all__ = [  # noqa: RUF022
     "Diagnosis",
     "DualPath",
     "DualPathParam",
+    "Errors",
     "Finding",
     "FitResult",
     "FitStatus",
     "FreeMode",
     "GaussHermite",
+    "GlobalsTable",
     "GuideCheckError",
     "InformationError",
     "JointCurvature",
+    "Judgement",
     "LaplaceAmortError",
     "LaplaceGaussian",
     "Level",
@@ -57,6 +60,7 @@ __all__ = [  # noqa: RUF022
     "PathMissingWarning",
     "Posterior",
     "QuasiNewton",
+    "Reason",
     "RecordingError",
     "RepairReport",
     "ResumeError",
@@ -66,6 +70,7 @@ __all__ = [  # noqa: RUF022
     "StudentPoints",
     "TrustRegion",
     "UnitLayout",
+    "Verdict",
     "arrowhead_information",
     "check_paths",
     "check_structure",
@@ -115,14 +120,18 @@ if TYPE_CHECKING:
         StructureError,
     )
     from laplace_amort.fitting import (
+        Errors,
         FitResult,
         FitStatus,
+        Judgement,
         MarginalQuadrature,
         NestedELBO,
         Optimum,
         QuasiNewton,
+        Reason,
         Step,
         TrustRegion,
+        Verdict,
     )
     from laplace_amort.guide import JointCurvature, LaplaceGaussian, MarginalCurvature, routes
     from laplace_amort.linalg import Arrowhead, Boost, ModifiedCholesky, NoRepair, RepairReport
@@ -130,6 +139,7 @@ if TYPE_CHECKING:
     from laplace_amort.posterior import (
         ConditionalLikelihood,
         ConditionedUnits,
+        GlobalsTable,
         MarginalLikelihood,
         Posterior,
         SeenUnits,
@@ -145,12 +155,13 @@ else:
             "errors": "GuideCheckError InformationError LaplaceAmortError ModeNotFoundError ModeWarning ModelError "
             "NotPositiveDefiniteError PathError PathLeakError PathMissingWarning RecordingError ResumeError "
             "StructureError",
-            "fitting": "FitResult FitStatus FixedDrawELBO Ladder MarginalLaplace MarginalQuadrature NestedELBO Optimum "
-            "QuasiNewton Step Stochastic TrustRegion fit",
+            "fitting": "Errors FitResult FitStatus FixedDrawELBO Judgement Ladder MarginalLaplace MarginalQuadrature "
+            "NestedELBO Optimum QuasiNewton Reason Step Stochastic TrustRegion Verdict fit",
             "guide": "AutoLaplaceFamily JointCurvature LaplaceGaussian MarginalCurvature dual_path_param routes",
             "linalg": "Arrowhead Boost ModifiedCholesky NoRepair RepairReport SoftAbs",
             "model": "LogJoint UnitLayout",
-            "posterior": "ConditionalLikelihood ConditionedUnits MarginalLikelihood NewUnits Posterior SeenUnits",
+            "posterior": "ConditionalLikelihood ConditionedUnits GlobalsTable MarginalLikelihood NewUnits Posterior "
+            "SeenUnits",
             "units": "ClosedFormMode FreeMode GaussHermite NewtonMode StudentPoints",
         },
     )

@@ -7,10 +7,8 @@ from collections.abc import Iterator
 import numpy
 import torch
 
-from laplace_amort.diagnostics.comparison import Comparison, compare
 from laplace_amort.diagnostics.consistency import Consistency, check_consistency
 from laplace_amort.diagnostics.findings import Finding, Level, UnitTails
-from laplace_amort.diagnostics.next_rung import against_next, next_rule, rule_of
 from laplace_amort.diagnostics.thresholds import (
     CONVERGED,
     GLOBALS,
@@ -24,8 +22,8 @@ from laplace_amort.diagnostics.thresholds import (
     WEIGHTS,
     Accuracy,
 )
-from laplace_amort.diagnostics.unit_checks import other_modes, unit_k_hat
 from laplace_amort.errors import ModelError
+from laplace_amort.evidence import Comparison, against_next, compare, next_rule, other_modes, unit_k_hat
 from laplace_amort.fitting import FitResult, MarginalLaplace, MarginalQuadrature
 from laplace_amort.guide import LaplaceGaussian
 from laplace_amort.posterior import K_GOOD, ImportanceSample, NestedUnits, WeightedUnits, pareto_smoothed
@@ -76,7 +74,7 @@ def against_next_rung(result: FitResult, seed: int) -> Iterator[Finding]:
     :param FitResult result: the fit, with all units in it.
     :param int seed: of the draws of the next rung.
     """
-    compared, reference = against_next(result, seed)
+    compared, reference = against_next(result.posterior, result.rule, result.seed + seed)
     found, own = compare(compared, reference), result.posterior.globals_
     if numpy.isnan(own.log_integral):  # nothing but a Gaussian
         yield _cover(result)
@@ -85,7 +83,7 @@ def against_next_rung(result: FitResult, seed: int) -> Iterator[Finding]:
         yield _weights("k-hat, globals", own)
     # What sampling itself leaves open is no error of the rung.
     margin = min(reference.globals_.error, WEIGHTS.error.good)
-    than = f"against {next_rule(result)}"
+    than = f"against {next_rule(result.rule, result.problem.start.shape[1])}"
     yield _compared("error, globals", found.globals_, GLOBALS.beyond(margin), than)
     yield _compared("error, units", found.units, UNITS, than)
 
@@ -112,7 +110,7 @@ def _cover(result: FitResult) -> Finding:
     if not len(gaussian.global_loc):
         return Finding("k-hat, globals", Level.GOOD, "none", "there are no globals")
     globals_ = torch.from_numpy(result.posterior.globals_.draws[:_OWN]).to(gaussian.global_loc)
-    points = next_rule(result).points(gaussian.local_loc.shape[1], globals_)
+    points = next_rule(result.rule, result.problem.start.shape[1]).points(gaussian.local_loc.shape[1], globals_)
     start = NestedUnits(gaussian, integrals).start(globals_)
     values = integrals.values(points, QuadraturePoints.log_integral, globals_, start).values
     scale = gaussian.precision.global_scale_tril
@@ -157,7 +155,9 @@ def skewness(result: FitResult, there: Conditionals) -> Finding:
     :param Conditionals there: at its center.
     """
     problem = result.problem
-    moments = unit_moments(problem.integrals, there, gaussian_of(result).global_loc, next_rule(result))
+    moments = unit_moments(
+        problem.integrals, there, gaussian_of(result).global_loc, next_rule(result.rule, result.problem.start.shape[1])
+    )
     sizes = moments.skewness.abs().amax(-1)
     worst = int(sizes.argmax())
     size = float(sizes[worst])
@@ -231,7 +231,7 @@ def simulated_scores(result: FitResult, simulations: int, seed: int, progress: b
     if not len(gaussian.global_loc):
         return Finding(name, Level.GOOD, "none", "there are no globals")
     is_marginal = isinstance(result.maximized, MarginalLaplace | MarginalQuadrature)
-    rule = rule_of(result) if is_marginal else next_rule(result)
+    rule = result.rule if is_marginal else next_rule(result.rule, result.problem.start.shape[1])
     try:
         found = check_consistency(result.problem, gaussian, rule, simulations, seed, progress)
     except (ModelError, ValueError) as error:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from laplace_amort.diagnostics import checks
 from laplace_amort.diagnostics.findings import Diagnosis, Finding, Level, UnitTails
-from laplace_amort.diagnostics.next_rung import next_rule, rule_of
 from laplace_amort.errors import NUMERICAL_ERRORS, ModelError, StructureError
+from laplace_amort.evidence import next_rule
 from laplace_amort.fitting import FitResult, FixedDrawELBO, MarginalLaplace
 from laplace_amort.units import GaussHermite, StudentPoints
 
@@ -85,11 +85,11 @@ def _advice(result: FitResult, findings: list[Finding]) -> str:
         return ""
     if "convergence" in poor and not isinstance(result.maximized, FixedDrawELBO):
         is_one_point = isinstance(result.maximized, MarginalLaplace)
-        same = "MarginalLaplace()" if is_one_point else f"MarginalQuadrature({rule_of(result)!r})"
+        same = "MarginalLaplace()" if is_one_point else f"MarginalQuadrature({result.rule!r})"
         return f"fit(model, guide, *args, objective={same}, starts=20)"
     if "second start" in poor or not poor & _CURED_BY_POINTS:
         return ""
-    rule = next_rule(result)
+    rule = next_rule(result.rule, result.problem.start.shape[1])
     if "k-hat, units" in poor and isinstance(rule, GaussHermite):
         rule = StudentPoints(256)  # tails that a normal has not
     return f"fit(model, guide, *args, objective=MarginalQuadrature({rule!r}))"

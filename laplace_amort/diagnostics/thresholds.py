@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 import numpy
 
-from laplace_amort.diagnostics.comparison import Comparison
 from laplace_amort.diagnostics.consistency import Consistency
 from laplace_amort.diagnostics.findings import Level
+from laplace_amort.evidence import Comparison
 from laplace_amort.posterior import K_GOOD, ImportanceSample
 
 __all__ = [

@@ -11,20 +11,25 @@ from laplace_amort.fitting.objectives.quadrature import MarginalQuadrature
 from laplace_amort.fitting.objectives.stochastic import Stochastic
 from laplace_amort.fitting.optimizers import QuasiNewton, TrustRegion
 from laplace_amort.fitting.result import FitResult, Optimum
+from laplace_amort.fitting.verdict import Errors, Judgement, Reason, Verdict
 
 __all__ = [
     "CHECK",
+    "Errors",
     "FitResult",
     "FitStatus",
     "FixedDrawELBO",
+    "Judgement",
     "Ladder",
     "MarginalLaplace",
     "MarginalQuadrature",
     "NestedELBO",
     "Optimum",
     "QuasiNewton",
+    "Reason",
     "Step",
     "Stochastic",
     "TrustRegion",
+    "Verdict",
     "fit",
 ]

@@ -39,6 +39,11 @@ class FitStatus(Status):
         "not converged: at the best point the objective is flat or curves upwards in some direction; are the globals "
         "identified?",
     )
+    COLLAPSED = (
+        7,
+        "not converged: a scale ran to zero together with the global effects that it is the scale of, and the posterior "
+        "is elsewhere; take the ELBO: fit(model, *args, objective=FixedDrawELBO())",
+    )
 
     @property
     def ok(self) -> bool:
@@ -78,6 +83,7 @@ class Maximum(NamedTuple):
     :param int num_starts: how many starts ended there.
     :param objective: the one that the posterior is of, where it is another than the one that was asked for.
     :param notes: what a user should know of the way there, in sentences.
+    :param posterior: of that objective there, where it was found on the way.
     """
 
     point: Vector
@@ -87,3 +93,4 @@ class Maximum(NamedTuple):
     num_starts: int = 1
     objective: Any = None
     notes: tuple[str, ...] = ()
+    posterior: Any = None

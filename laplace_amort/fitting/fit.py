@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from pyro.infer.autoguide import AutoGuide
 
 from laplace_amort.errors import NUMERICAL_ERRORS, ModelError
 from laplace_amort.fitting.evaluation import FitStatus, Maximum
@@ -19,49 +20,56 @@ from laplace_amort.fitting.identification import describe_flattest
 from laplace_amort.fitting.journal import Journal
 from laplace_amort.fitting.objectives.base import Objective
 from laplace_amort.fitting.objectives.elbo import FixedDrawELBO
+from laplace_amort.fitting.objectives.ladder import Ladder
 from laplace_amort.fitting.objectives.laplace import MarginalLaplace
 from laplace_amort.fitting.objectives.stochastic import Stochastic, WalkState
 from laplace_amort.fitting.optimizers import Optimizer, TrustRegion
 from laplace_amort.fitting.result import FitResult, Optimum, load_saved
 from laplace_amort.fitting.search import START_STEPS, find_maxima, fresh_value, positive
-from laplace_amort.guide import AutoLaplaceFamily, LaplaceGaussian, Problem
+from laplace_amort.guide import AutoLaplaceFamily, LaplaceGaussian, Problem, own_guide
 
 __all__ = ["fit"]
 
 
 def fit(
     model: Callable[..., Any],
-    guide: AutoLaplaceFamily,
     *args: Any,
-    objective: Objective = FixedDrawELBO(),
+    guide: AutoLaplaceFamily | None = None,
+    objective: Objective | None = None,
     optimizer: Optimizer | None = None,
     starts: int = 1,
     seed: int = 0,
+    check: bool = True,
     progress: bool = True,
     resume: FitResult | str | Path | None = None,
     num_draws: int | None = None,
     **kwargs: Any,
 ) -> FitResult:
-    r"""Fit a guide of the amortized Laplace family until it has converged, and say whether it has.
+    r"""Fit a hierarchical model, and say how far to trust the posterior: ``fit(model, *args)`` is the whole call.
 
-    By default this maximizes the ELBO on fixed draws, from the optimum of the marginal Laplace density; the draws
-    become more until others give the same optimum. Where the model subsamples its units, it is stochastic optimization
-    from the optimum of one minibatch.
+    By default the units are integrated over, by as many points as it takes (:class:`~laplace_amort.Ladder`), and the
+    globals are drawn from what that leaves. Where the model subsamples, this needs all units at once, so it is
+    stochastic optimization (:class:`~laplace_amort.Stochastic`); where it has parameters of its own (``pyro.param``),
+    their maximum is that of an ELBO (:class:`~laplace_amort.FixedDrawELBO`). ``print(result)`` shows the verdict and
+    the posterior.
 
     Do not use it with other guides: their parameters are many, and noisy steps by ``SVI`` are the right tool for them.
 
-    :param model: a Pyro model, that of the guide.
-    :param AutoLaplaceFamily guide: it starts where it stands, and stands at the optimum in the end.
-    :param args: arguments of the model.
-    :param objective: :class:`~laplace_amort.FixedDrawELBO`, :class:`~laplace_amort.NestedELBO`,
-        :class:`~laplace_amort.MarginalLaplace`, :class:`~laplace_amort.MarginalQuadrature`,
-        :class:`~laplace_amort.Ladder` or :class:`~laplace_amort.Stochastic`; by default the last of these where the
-        model subsamples, and the first elsewhere.
+    :param model: a Pyro model.
+    :param args: arguments of the model; before them may stand the guide.
+    :param AutoLaplaceFamily guide: of this model; by default one is made, with parameters of its own that Pyro's store
+        does not hold. A guide that is given starts where it stands, and stands at the optimum in the end.
+    :param objective: :class:`~laplace_amort.Ladder`, :class:`~laplace_amort.MarginalQuadrature`,
+        :class:`~laplace_amort.MarginalLaplace`, :class:`~laplace_amort.NestedELBO`,
+        :class:`~laplace_amort.FixedDrawELBO` (the guide as the best Gaussian of its family) or
+        :class:`~laplace_amort.Stochastic`.
     :param optimizer: :class:`~laplace_amort.TrustRegion` or :class:`~laplace_amort.QuasiNewton`, by default what suits
         the objective; None for :class:`~laplace_amort.Stochastic`, which has one of torch's.
     :param int starts: how many, of no effect with :class:`~laplace_amort.Stochastic`; those after the first are uniform
         between -2 and 2 in unconstrained space. What they find is in ``result.optima``.
     :param int seed: of all draws and starts; the state of torch's generator stays as it is.
+    :param bool check: whether ``result.verdict`` compares the posterior with one by better integrals, and looks for
+        other modes. Without, it cannot be good.
     :param bool progress: whether to show a bar, where standard error is a terminal.
     :param resume: a result that was interrupted, or a stochastic one that ran out of steps, or the path of one that was
         saved: the fit goes on, with the same numbers as if it had never stopped.
@@ -82,27 +90,36 @@ def fit(
         ...     with pyro.plate("units", len(z)):
         ...         y = pyro.sample("y", dist.Normal(mu, 1.))
         ...         pyro.sample("z", dist.Normal(y, 1.), obs=z)
-        >>> pyro.clear_param_store()
-        >>> result = fit(model, AutoLaplaceFamily(model), torch.tensor([1., 3.]))
-        >>> result.status.name, round(result.objective, 3)
-        ('CONVERGED', -4.378)
-        >>> {name: value.round(decimals=3) for name, value in result.gaussian.median().items()}
+        >>> result = fit(model, torch.tensor([1., 3.]))
+        >>> result.verdict.name, result.status.name
+        ('RIGHT', 'CONVERGED')
+        >>> {name: value.round(decimals=3) for name, value in result.posterior.mean().items()}
         {'mu': tensor(1.), 'y': tensor([1., 2.])}
     """
-    _check_guide(model, guide)
+    guide, args = _guide_and_arguments(model, guide, args)
     objective, optimizer = _as_they_are_now(objective, optimizer, num_draws)
     _check_settings(objective, optimizer, starts)
     saved = _Saved() if resume is None else copy.deepcopy(load_saved(resume))
     with torch.random.fork_rng(devices=[]), progress_bar(progress) as bar:
         torch.manual_seed(seed)
         history, saved = _set_up(guide, args, kwargs, seed, saved, bar)
-        if optimizer is None and history.problem.subsamples and type(objective) is FixedDrawELBO:  # that of SVI alone
-            objective = Stochastic()
+        objective = objective or _default_objective(history.problem, optimizer)
         try:
             maxima, value = _maximized(history, objective, optimizer, starts)
         except KeyboardInterrupt:
             maxima, value = [history.interrupted()], None
-        return _result(history, objective, maxima, value, saved)
+        return _result(history, objective, maxima, value, saved, check)
+
+
+def _default_objective(problem: Problem, optimizer: Optimizer | None) -> Objective:
+    """Return the objective whose posterior is right, of those that a model can have.
+
+    :param Problem problem: the model at its data.
+    :param optimizer: what was asked for: one that needs the same function at every step is none for minibatches.
+    """
+    if problem.subsamples and optimizer is None:
+        return Stochastic()
+    return FixedDrawELBO() if problem.model_parameters else Ladder()
 
 
 class _Saved(NamedTuple):
@@ -142,7 +159,7 @@ def _maximized(
         return [objective.climb(history, objective.default_optimizer)], None
     history.problem.refuse_minibatch(
         f"and {type(objective).__name__} needs all of them in every evaluation. Leave subsample_size out of the model, "
-        "or optimize stochastically:\n    fit(model, guide, *args, objective=Stochastic())"
+        "or optimize stochastically:\n    fit(model, *args, objective=Stochastic())"
     )
     maxima = find_maxima(history, objective, optimizer, starts)
     if history.problem.recheck():  # what was recorded was not the model everywhere: once again, without
@@ -156,9 +173,14 @@ def _maximized(
 
 
 def _result(
-    history: History, objective: Objective, maxima: list[Maximum], value: tuple[float, float] | None, saved: _Saved
+    history: History,
+    objective: Objective,
+    maxima: list[Maximum],
+    value: tuple[float, float] | None,
+    saved: _Saved,
+    check: bool,
 ) -> FitResult:
-    best, problem = maxima[0], history.problem
+    best, problem, asked = maxima[0], history.problem, objective
     objective = best.objective or objective
     problem.hand_back()
     gaussian = _gaussian(problem, objective, best)
@@ -181,6 +203,9 @@ def _result(
         maximized=objective,
         problem=problem,
         seed=history.seed,
+        asked=asked,
+        check=check,
+        sampled=best.posterior,
     )
 
 
@@ -238,30 +263,40 @@ def _in_short(failure: str) -> str:
 # ------------------------------------------------------------------------------------------------------- the arguments
 
 
-def _check_guide(model: Any, guide: Any) -> None:
+def _guide_and_arguments(model: Any, guide: Any, args: tuple[Any, ...]) -> tuple[AutoLaplaceFamily, tuple[Any, ...]]:
+    """Return the guide, one of its own where none is given, and the arguments of the model."""
+    if args and isinstance(args[0], AutoGuide):  # as it once had to be given
+        if guide is not None:
+            raise TypeError("two guides are given. Leave one of them out:\n    fit(model, *args, guide=guide)")
+        guide, *rest = args
+        args = tuple(rest)
+    if guide is None:
+        return own_guide(model), args
     if not isinstance(guide, AutoLaplaceFamily):
         raise TypeError(
-            f"fit needs a guide of the amortized Laplace family, got {type(guide).__name__}:\n"
-            "    fit(model, AutoLaplaceFamily(model), *args)\nFor any other guide, there is SVI."
+            f"fit needs a guide of the amortized Laplace family, got {type(guide).__name__}. Leave it out, and one is "
+            "made:\n    fit(model, *args)\nFor any other guide, there is SVI."
         )
     if guide.model != model:
         raise ModelError(
-            "the guide was made for another model than the one given; what is fitted is the guide's own. Make one of "
-            "them the other:\n    fit(model, AutoLaplaceFamily(model), *args)"
+            "the guide was made for another model than the one given; what is fitted is the guide's own. Leave it out, "
+            "and one is made:\n    fit(model, *args)"
         )
+    return guide, args
 
 
 def _as_they_are_now(objective: Any, optimizer: Any, num_draws: int | None) -> tuple[Any, Any]:
     """Return objective and optimizer for arguments as they once were, with a warning that has the line to type."""
     if isinstance(optimizer, Stochastic):
-        if type(objective) is not FixedDrawELBO:
+        if objective is not None and type(objective) is not FixedDrawELBO:
             raise TypeError(
                 f"Stochastic() follows the ELBO of the guide, and {type(objective).__name__}() is another objective. "
-                "Leave one of them out:\n    fit(model, guide, *args, objective=Stochastic())"
+                "Leave one of them out:\n    fit(model, *args, objective=Stochastic())"
             )
         _warn_deprecated("Stochastic is an objective", "objective=Stochastic()")
         return optimizer, None
     if num_draws is not None:
+        objective = FixedDrawELBO() if objective is None else objective
         if not isinstance(objective, FixedDrawELBO):
             raise ValueError(f"{type(objective).__name__} takes no draws: leave num_draws out")
         name, most = type(objective).__name__, max(num_draws, objective.max_draws)
@@ -271,12 +306,12 @@ def _as_they_are_now(objective: Any, optimizer: Any, num_draws: int | None) -> t
 
 
 def _warn_deprecated(why: str, argument: str) -> None:
-    line = f"{why}:\n    fit(model, guide, *args, {argument})"
+    line = f"{why}:\n    fit(model, *args, {argument})"
     warnings.warn(line, DeprecationWarning, stacklevel=4)  # at the call of fit
 
 
 def _check_settings(objective: Any, optimizer: Any, starts: int) -> None:
-    if isinstance(objective, type) or not isinstance(objective, Objective):
+    if isinstance(objective, type) or not isinstance(objective, Objective | None):
         hint = f"{objective.__name__}()" if isinstance(objective, type) else "FixedDrawELBO()"
         raise TypeError(
             "objective must be one such as FixedDrawELBO(), MarginalLaplace(), MarginalQuadrature() or Ladder(), got "
@@ -291,7 +326,7 @@ def _check_settings(objective: Any, optimizer: Any, starts: int) -> None:
     if isinstance(objective, Stochastic) and optimizer is not None:
         raise TypeError(
             f"Stochastic() steps by an optimizer of torch's, and {optimizer!r} is another. Leave one of them out:\n"
-            "    fit(model, guide, *args, objective=Stochastic(torch.optim.Adam, lr=0.1))"
+            "    fit(model, *args, objective=Stochastic(torch.optim.Adam, lr=0.1))"
         )
     if starts < 1:
         raise ValueError(f"starts must be at least 1, got {starts}")

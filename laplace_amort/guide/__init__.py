@@ -2,14 +2,17 @@
 
 from laplace_amort.guide import routes
 from laplace_amort.guide.auto import AutoLaplaceFamily
-from laplace_amort.guide.gaussian import LaplaceGaussian, is_elementwise, is_exponential
+from laplace_amort.guide.collapse import Collapse, find_collapse
+from laplace_amort.guide.gaussian import LaplaceGaussian, is_elementwise, is_exponential, is_identity, of_one_event
 from laplace_amort.guide.heads import Head, JointCurvature, KnownCurvature, MarginalCurvature
+from laplace_amort.guide.own import own_guide
 from laplace_amort.guide.params import dual_path_param
 from laplace_amort.guide.problem import Problem
 from laplace_amort.guide.vector import set_vector, to_vector
 
 __all__ = [
     "AutoLaplaceFamily",
+    "Collapse",
     "Head",
     "JointCurvature",
     "KnownCurvature",
@@ -17,8 +20,12 @@ __all__ = [
     "MarginalCurvature",
     "Problem",
     "dual_path_param",
+    "find_collapse",
     "is_elementwise",
     "is_exponential",
+    "is_identity",
+    "of_one_event",
+    "own_guide",
     "routes",
     "set_vector",
     "to_vector",

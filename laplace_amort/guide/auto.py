@@ -30,6 +30,14 @@ __all__ = ["AutoLaplaceFamily"]
 # How far from the start the structure of the model is checked.
 _BESIDE = 0.1
 
+_CLASH = (
+    "Most often the parameters in Pyro's store are those of a guide of another model that was fitted before. Clear the "
+    "store before a new guide is called first, or call it by another name:\n"
+    "    pyro.clear_param_store()\n"
+    "    class SecondGuide(AutoLaplaceFamily): ...   # the name of the class is that of the parameters\n"
+    "If it is this guide whose model has changed, make a new one."
+)
+
 
 class AutoLaplaceFamily(AutoGuide):
     r"""The amortized Laplace family: a Gaussian guide whose only parameter is where the globals stand.
@@ -91,6 +99,8 @@ class AutoLaplaceFamily(AutoGuide):
     [1] Kristensen et al. (2016), *TMB: Automatic Differentiation and Laplace Approximation*, Journal of Statistical
     Software 70(5), https://doi.org/10.18637/jss.v070.i05, for the arrowhead's part in marginal likelihood.
     """
+
+    _clash = _CLASH  # what to do about a call of other sizes than the first
 
     def __init__(
         self,
@@ -272,11 +282,7 @@ class AutoLaplaceFamily(AutoGuide):
             raise ModelError(
                 f"the guide was set up for {len(self.loc)} global elements and {local_dim} in each unit; "
                 f"this call of the model has {layout.global_dim} and {layout.local_dim}:\n{layout}\n"
-                "Most often the parameters in Pyro's store are those of a guide of another model that was fitted "
-                "before. Clear the store before a new guide is called first, or call it by another name:\n"
-                "    pyro.clear_param_store()\n"
-                "    class SecondGuide(AutoLaplaceFamily): ...   # the name of the class is that of the parameters\n"
-                "If it is this guide whose model has changed, make a new one."
+                f"{self._clash}"
             )
         if layout.frame.full_size != num_units:  # other units: the amortized modes follow
             if isinstance(self.mode, FreeMode):

@@ -11,7 +11,7 @@ from pyro.nn import PyroModule, PyroParam
 from pyro.nn.module import to_pyro_module_
 from torch import nn
 
-__all__ = ["apart_from_store", "copied_with", "follow_store", "is_importable"]
+__all__ = ["NoContext", "apart_from_store", "copied_with", "follow_store", "is_importable"]
 
 
 def follow_store(strategy: Any) -> Any:
@@ -24,7 +24,7 @@ def follow_store(strategy: Any) -> Any:
     return strategy
 
 
-class _NoContext:
+class NoContext:
     """In the place of what tells a module of Pyro's that its parameters are those of the store."""
 
     active, used = 0, False
@@ -40,7 +40,7 @@ def apart_from_store(strategy: Any) -> Any:
     if isinstance(copied, nn.Module):
         for module in copied.modules():
             if isinstance(module, PyroModule):
-                vars(module)["_pyro_context"] = _NoContext()
+                vars(module)["_pyro_context"] = NoContext()
     return copied
 
 

@@ -51,6 +51,8 @@ class ImportanceSample:
     :param float log_integral: of the density.
     :param int num_lost: draws where the density was NaN; they have no weight.
     :param str note: what was wrong with the proposals; empty if nothing was.
+    :param sets: which of eight balanced parts of the sequence each draw belongs to, ``(S,)``; by default eighths.
+    :param float known: share of a draw that pulls no moment of the globals themselves.
     """
 
     draws: Vector
@@ -61,6 +63,13 @@ class ImportanceSample:
     log_integral: float
     num_lost: int
     note: str = ""
+    sets: Any = field(default=None, repr=False, compare=False)
+    known: float = field(default=0.0, repr=False, compare=False)
+
+    def __repr__(self) -> str:
+        number, d = self.draws.shape
+        weighted = f", k-hat {self.k_hat:.2g}" if self.k_hat > -math.inf else ""
+        return f"ImportanceSample({number} draws in {d} dimensions, effective {self.effective:.0f}{weighted})"
 
     @property
     def weights(self) -> Vector:
@@ -78,6 +87,17 @@ class ImportanceSample:
         centered = self.draws - self.mean()
         covariance: Vector = (self.weights[:, None] * centered).T @ centered
         return covariance
+
+    def errors_of(self, values: Vector) -> tuple[Vector, Vector]:
+        """Return the standard errors of moments of functions of the draws, by sampling.
+
+        :param Vector values: of the functions at the draws, ``(S, D)``.
+        :return: of the means, in standard deviations, and of the standard deviations, as shares, ``(D,)`` each.
+        """
+        mean, shares = self.weights @ values, self.weights - self.known
+        z = (values - mean) / numpy.sqrt(self.weights @ (values - mean) ** 2).clip(min=numpy.finfo(float).tiny)
+        sets = numpy.arange(len(shares)) * _SETS // len(shares) if self.sets is None else self.sets
+        return _pulled(shares, z, sets), _pulled(shares, (z**2 - 1) / 2, sets)
 
     def reweighted(self, log_factors: Vector) -> ImportanceSample:
         """Return the same draws as draws of another density, by what that is as a multiple of this one.
@@ -108,9 +128,15 @@ def _error_of_moments(found: ImportanceSample, shares: Vector, sets: Any) -> flo
     """
     scale = numpy.sqrt(numpy.diag(found.covariance()).clip(min=numpy.finfo(float).tiny))
     z = (found.draws - found.mean()) / scale
-    pulls = shares[:, None] * numpy.concatenate([z, (z**2 - 1) / 2], axis=1)
+    return float(_pulled(shares, numpy.concatenate([z, (z**2 - 1) / 2], axis=1), sets).max(initial=0.0))
+
+
+def _pulled(shares: Vector, features: Vector, sets: Any) -> Vector:
+    """The standard errors of averages of features ``(S, D)``, by what each set of draws adds to them, ``(D,)``."""
+    pulls = shares[:, None] * features
     sums = numpy.array([pulls[sets == one].sum(0) for one in range(_SETS)])
-    return float((sums.std(0, ddof=1) * _SETS**0.5).max(initial=0.0))
+    errors: Vector = sums.std(0, ddof=1) * _SETS**0.5
+    return errors
 
 
 def normal_sample(loc: Vector, scale_tril: Vector, num_draws: int = 1024, seed: int = 0) -> ImportanceSample:
@@ -175,15 +201,12 @@ class _Mixture:
             error=0.0,
             log_integral=float(scipy.special.logsumexp(log_ratios) - math.log(len(draws))),
             num_lost=int(lost.sum()),
+            # Parts of the sequence of each round, the same part of all.
+            sets=numpy.concatenate([numpy.arange(len(own)) * _SETS // len(own) for own in self.draws]),
+            # Equal weights pull nothing where the draws have the moments of their proposal.
+            known=1 / len(draws) if self.is_normal else 0.0,
         )
-        return replace(found, error=self._error(found))
-
-    def _error(self, found: ImportanceSample) -> float:
-        """The standard error of the worst moment, by parts of the sequence of each round, the same part of all."""
-        # Equal weights would pull nothing where the draws have the moments of their proposal.
-        known = 1 / len(found.draws) if self.is_normal else 0.0
-        sets = numpy.concatenate([numpy.arange(len(own)) * _SETS // len(own) for own in self.draws])
-        return _error_of_moments(found, found.weights - known, sets)
+        return replace(found, error=_error_of_moments(found, weights - found.known, found.sets))
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,9 @@ import torch
 from helpers.fit_models import gaussian, guide_for
 
 from laplace_amort import Diagnosis, Finding, Level, MarginalLaplace, fit
-from laplace_amort.diagnostics.comparison import Comparison, compare
 from laplace_amort.diagnostics.consistency import Consistency
 from laplace_amort.diagnostics.thresholds import SCORES, Accuracy, Bounds
+from laplace_amort.evidence.comparison import Comparison, compare
 
 LEVELS = [Level.GOOD, Level.UNKNOWN, Level.DOUBTFUL, Level.BAD]
 

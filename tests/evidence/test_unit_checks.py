@@ -13,7 +13,7 @@ from helpers.unit_models import UNIT_MODELS
 from torch.nn.functional import logsigmoid
 
 from laplace_amort import GaussHermite, StudentPoints
-from laplace_amort.diagnostics.unit_checks import other_modes, unit_k_hat
+from laplace_amort.evidence.unit_checks import other_modes, unit_k_hat
 from laplace_amort.guide.problem import Problem
 from laplace_amort.units.integrals import unit_moments
 from laplace_amort.units.quadrature import Laplace
