@@ -19,9 +19,7 @@ from laplace_amort.model.sites import is_fixed, layers_of, undressed
 __all__ = ["refuse_impossible_data"]
 
 
-def refuse_impossible_data(
-    trace: Any, beside: Callable[[], Any], arguments: Mapping[str, Any] | None = None
-) -> None:
+def refuse_impossible_data(trace: Any, beside: Callable[[], Any], arguments: Mapping[str, Any] | None = None) -> None:
     """Refuse data that no value of the latents makes possible, before a fit searches for one.
 
     A distribution without validation (``validate_args=False``) takes what it is given, except NaN, infinity and what
