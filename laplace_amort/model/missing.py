@@ -17,7 +17,7 @@ from torch.distributions import constraints
 from laplace_amort.errors import ModelError
 from laplace_amort.model.sites import IDENTITY, layers_of, transform_of, undressed
 
-__all__ = ["as_missing_as", "completed", "inside", "is_data", "seen_elements"]
+__all__ = ["as_missing_as", "completed", "inside", "is_data", "seen_elements", "seen_events"]
 
 _NAN_MASKED = dist.NanMaskedNormal, dist.NanMaskedMultivariateNormal
 _LIBRARIES = "torch.", "pyro."
@@ -52,6 +52,15 @@ def seen_elements(node: Any) -> Tensor | None:
         finite = node["value"].isfinite()
         seen = finite if seen is None else seen & finite
     return seen
+
+
+def seen_events(node: Any) -> Tensor | None:
+    """Return which terms of an observed site have anything that is seen, in its batch shape; None where all have."""
+    seen = seen_elements(node)
+    if seen is None:
+        return None
+    seen = seen.broadcast_to(torch.broadcast_shapes(seen.shape, node["fn"].shape()))
+    return seen.flatten(-node["fn"].event_dim).any(-1) if node["fn"].event_dim else seen
 
 
 def as_missing_as(data: Any, node: Any) -> Tensor:

@@ -314,7 +314,7 @@ def test_the_default_objective_follows_the_model(capsys):
 
 
 def test_the_rows_of_a_table_become_columns_of_a_csv(capsys):
-    code, out, err = run(capsys, "named", *DATA, "--no-check", "--quiet", "--format", "csv")
+    code, out, _err = run(capsys, "named", *DATA, "--no-check", "--quiet", "--format", "csv")
     assert code == 4
     rows = list(csv.DictReader(out.splitlines()))
     assert [(row["site"], row["element"]) for row in rows] == [
