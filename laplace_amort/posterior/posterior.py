@@ -72,7 +72,7 @@ class Posterior(PosteriorDraws):
         :return: a ``pandas.DataFrame``.
         :raises ImportError: if pandas is not installed.
         """
-        return globals_frame(self._global_summaries(quantiles), quantiles)
+        return globals_frame(self.global_summaries(quantiles), quantiles)
 
     def units_to_frame(self, quantiles: Sequence[float] = PROBABILITIES, num_samples: int = DRAWS) -> Any:
         """Return mean, standard deviation and quantiles of the units, a row for each of their elements.
@@ -102,7 +102,7 @@ class Posterior(PosteriorDraws):
 
     def summary(self) -> str:
         """Return a table of mean, standard deviation and quantiles of the globals."""
-        return globals_text(self._global_summaries(PROBABILITIES))
+        return globals_text(self.global_summaries(PROBABILITIES))
 
     def __str__(self) -> str:
         found = self.globals_
@@ -211,7 +211,12 @@ class Posterior(PosteriorDraws):
         )
         return as_datatree(groups)
 
-    def _global_summaries(self, probabilities: Sequence[float]) -> list[SiteSummary]:
+    def global_summaries(self, probabilities: Sequence[float]) -> list[SiteSummary]:
+        """Return mean, standard deviation and quantiles of each global site.
+
+        :param probabilities: of the quantiles.
+        :raises ValueError: if one is not between 0 and 1.
+        """
         check_probabilities(probabilities)
         if not self.gaussian.unit_model.layout.global_sites:
             return []
