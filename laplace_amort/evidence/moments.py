@@ -75,14 +75,14 @@ class _Ray(NamedTuple):
     """A direction in which one global grows: by a factor of e with each unit of length."""
 
     name: str
-    index: int
+    place: int
     step: float
     is_logarithm: bool
 
     def at(self, center: Vector, length: float) -> Vector:
         """Return the globals out there, ``(d,)``, and as much further."""
         moved = center.copy()
-        moved[self.index] += self.step + length if self.is_logarithm else self.step * numpy.exp(length)
+        moved[self.place] += self.step + length if self.is_logarithm else self.step * numpy.exp(length)
         return moved
 
 

@@ -26,16 +26,19 @@ def next_rule(rule: QuadratureRule, local_dim: int) -> QuadratureRule:
     return rule.finer(local_dim)
 
 
-def against_next(own: Posterior, rule: QuadratureRule, seed: int) -> tuple[Posterior, Posterior]:
-    """Return a posterior, and that by the next rule, at the same draws of the globals.
+def against_next(
+    own: Posterior, rule: QuadratureRule, seed: int, finer: QuadratureRule | None = None
+) -> tuple[Posterior, Posterior]:
+    """Return a posterior, and that by a finer rule, at the same draws of the globals.
 
     Of a Gaussian, the draws are others: its own would not show what it leaves out.
 
     :param Posterior own: of some fit.
     :param QuadratureRule rule: by which its units are integrated over.
     :param int seed: of the draws of the globals where these are others.
+    :param finer: the rule to compare with, by default the next.
     """
-    known, finer = own.units, next_rule(rule, own.gaussian.local_loc.shape[1])
+    known, finer = own.units, finer or next_rule(rule, own.gaussian.local_loc.shape[1])
     if not isinstance(known, NestedUnits) or numpy.isnan(own.log_evidence):
         units = WeightedUnits(own.gaussian, own.problem.integrals, finer)
         return own, Posterior(own.problem, own.gaussian, marginal_sample(units, seed), units, own.seed)

@@ -78,6 +78,7 @@ class Maximum(NamedTuple):
     :param int num_starts: how many starts ended there.
     :param objective: the one that the posterior is of, where it is another than the one that was asked for.
     :param notes: what a user should know of the way there, in sentences.
+    :param posterior: of that objective there, where it was found on the way.
     """
 
     point: Vector
@@ -87,3 +88,4 @@ class Maximum(NamedTuple):
     num_starts: int = 1
     objective: Any = None
     notes: tuple[str, ...] = ()
+    posterior: Any = None

@@ -205,6 +205,7 @@ def _result(
         seed=history.seed,
         asked=asked,
         check=check,
+        sampled=best.posterior,
     )
 
 

@@ -91,10 +91,7 @@ class _Counted:
 
 def _left_out(result: FitResult, here: Maximum, other: Maximum) -> float:
     """Return the share of the mass at another optimum that the draws do not have, both optima taken for normal."""
-    information = other.evaluation.information
-    if information is None or here.evaluation.information is None:
-        return 0.0
-    about = Whitening.of_information(information)
+    about = Whitening.of_information(_information(other))
     if about.distance(here.point - other.point) < _APART:
         return 0.0
     difference = _log_mass(here) - _log_mass(other)
@@ -106,5 +103,12 @@ def _left_out(result: FitResult, here: Maximum, other: Maximum) -> float:
 
 def _log_mass(maximum: Maximum) -> float:
     """Return the logarithm of the integral of a density that is normal around its maximum, but for a constant."""
-    log_det = float(numpy.linalg.slogdet(maximum.evaluation.information)[1])
+    log_det = float(numpy.linalg.slogdet(_information(maximum))[1])
     return maximum.evaluation.value - log_det / 2
+
+
+def _information(maximum: Maximum) -> Vector:
+    """Return minus the second derivative at an optimum that was found by it."""
+    information = maximum.evaluation.information
+    assert information is not None
+    return information

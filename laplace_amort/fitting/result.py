@@ -73,6 +73,7 @@ class FitResult:
     :param Objective asked: the objective that was asked for, or taken by default.
     :param bool check: whether the verdict compares the posterior with one by better integrals.
     :param LaplaceGaussian in_double: the Gaussian as it was computed; None if ``gaussian`` is.
+    :param Posterior sampled: the posterior, where the fit has found it on its way; else None.
     """
 
     status: FitStatus
@@ -93,6 +94,7 @@ class FitResult:
     asked: Objective = field(repr=False)
     check: bool = field(default=True, repr=False)
     in_double: LaplaceGaussian | None = field(default=None, repr=False)
+    sampled: Posterior | None = field(default=None, repr=False, compare=False)
 
     @cached_property
     def posterior(self) -> Posterior:
@@ -103,6 +105,8 @@ class FitResult:
 
         :raises ValueError: if the fit ended where there is no posterior.
         """
+        if self.sampled is not None:
+            return dataclasses.replace(self.sampled, gaussian=self.exact_gaussian())
         return self.maximized.posterior(self.problem, self.exact_gaussian(), self.seed)
 
     @cached_property

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy
 import scipy.special
 import torch
 
 from laplace_amort.errors import NUMERICAL_ERRORS
+from laplace_amort.evidence import against_next, compare
 from laplace_amort.fitting.evaluation import Maximum
 from laplace_amort.fitting.history import History
 from laplace_amort.fitting.objectives.base import Objective
@@ -22,8 +23,8 @@ from laplace_amort.units import Laplace, QuadraturePoints, QuadratureRule, UnitI
 
 __all__ = ["Ladder"]
 
-# Draws by which two rungs are compared.
-_DRAWS = 32
+# Draws by which two rungs are compared, and the share of them that must count.
+_DRAWS, _COUNTING = 32, 0.5
 # Standard deviations, and shares of one, that are not told from none: rounding errors would be.
 _NOTHING = 1e-3
 
@@ -119,9 +120,11 @@ class Ladder:
         rung: MarginalLaplace | MarginalQuadrature = MarginalLaplace()
         rule: QuadratureRule = Laplace()
         maximum = rung.climb(history, optimizer if isinstance(optimizer, TrustRegion) else rung.default_optimizer)
+        step = None
         while maximum.status.ok:
             finer = rule.finer(k)
-            move = _compared(history, maximum, rule, finer)
+            step = _Step(history, rung, maximum, finer)
+            move = step.compared()
             if move.within(self.accuracy):
                 notes.append(f"{rule} is enough: {finer} would move {move}")
                 break
@@ -131,7 +134,7 @@ class Ladder:
             notes.append(f"from {rule} to {finer}, which moves {move}")
             rung, rule = MarginalQuadrature(finer), finer
             maximum = rung.climb(history, optimizer if isinstance(optimizer, QuasiNewton) else rung.default_optimizer)
-        return maximum._replace(objective=rung, notes=tuple(notes))
+        return maximum._replace(objective=rung, notes=tuple(notes), posterior=step and step.posterior)
 
     def gaussian(self, problem: Problem, maximum: Maximum) -> LaplaceGaussian:
         """Return the posterior as a Gaussian, with the curvature of the last rung for the globals."""
@@ -142,24 +145,51 @@ class Ladder:
         return MarginalLaplace().posterior(problem, gaussian, seed)
 
 
-def _compared(history: History, maximum: Maximum, rule: QuadratureRule, finer: QuadratureRule) -> _Move:
-    """Compare two rules where the guide stands; what is kept for a fit that goes on are numbers."""
-    return _Move(*history.timed(f"{rule} against {finer}", lambda: tuple(_move(history.problem, maximum, rule, finer))))
+class _Step:
+    """A comparison of two rungs where the guide stands.
+
+    :param History history: the fit.
+    :param rung: the rung below.
+    :param Maximum maximum: its optimum.
+    :param QuadratureRule finer: that of the rung above.
+
+    Attribute ``posterior``: of the rung below, where it took draws of it to tell; None where it did not.
+    """
+
+    def __init__(self, history: History, rung: Any, maximum: Maximum, finer: QuadratureRule) -> None:
+        self.history, self.rung, self.maximum, self.finer = history, rung, maximum, finer
+        self.rule = rung.rule if isinstance(rung, MarginalQuadrature) else Laplace()
+        self.posterior: Posterior | None = None
+
+    def compared(self) -> _Move:
+        """Compare; what is kept for a fit that goes on are numbers."""
+        return _Move(*self.history.timed(f"{self.rule} against {self.finer}", lambda: tuple(self._move())))
+
+    @torch.no_grad()
+    def _move(self) -> _Move:
+        problem = self.history.problem
+        try:
+            gaussian = MarginalLaplace().gaussian(problem, self.maximum)
+            of_globals = _moved_near_normal(problem.integrals, gaussian, self.rule, self.finer)
+            of_globals = of_globals or self._moved_by_its_own_draws(gaussian)
+            return _Move(*of_globals, *_units_moved(problem, gaussian, self.rule, self.finer))
+        except NUMERICAL_ERRORS:
+            return _Move(*[numpy.inf] * 4)
+
+    def _moved_by_its_own_draws(self, gaussian: LaplaceGaussian) -> tuple[float, float]:
+        """Return the changes of the globals by draws of the marginal density itself, as the posterior has them."""
+        self.posterior = self.rung.posterior(self.history.problem, gaussian, self.history.seed)
+        found = compare(*against_next(self.posterior, self.rule, 0, self.finer)).globals_
+        return found.mean, found.sd
 
 
-@torch.no_grad()
-def _move(problem: Problem, maximum: Maximum, rule: QuadratureRule, finer: QuadratureRule) -> _Move:
-    try:
-        gaussian = MarginalLaplace().gaussian(problem, maximum)
-        return _Move(*_moved(problem.integrals, gaussian, rule, finer), *_units_moved(problem, gaussian, rule, finer))
-    except NUMERICAL_ERRORS:
-        return _Move(*[numpy.inf] * 4)
-
-
-def _moved(
+def _moved_near_normal(
     integrals: UnitIntegrals, gaussian: LaplaceGaussian, rule: QuadratureRule, finer: QuadratureRule
-) -> tuple[float, float]:
-    """The largest changes of means and standard deviations of the globals, by the same weighted draws for both."""
+) -> tuple[float, float] | None:
+    """Return the largest changes of means and standard deviations of the globals, by the same draws for both rules.
+
+    None where few of these draws count: they are those of a normal distribution, and the density is not near one.
+    """
     d = len(gaussian.global_loc)
     if d == 0:
         return 0.0, 0.0
@@ -173,6 +203,8 @@ def _moved(
         values = exact.values(points, QuadraturePoints.log_integral, draws, start).values
         log_ratios = values.nan_to_num(nan=-torch.inf).double().cpu().numpy() + (z**2).sum(-1) / 2
         weights = numpy.exp(log_ratios - scipy.special.logsumexp(log_ratios))
+        if not 1 / (weights**2).sum() >= _COUNTING * len(z):
+            return None
         mean = weights @ z
         moments.append((mean, numpy.sqrt(weights @ (z - mean) ** 2)))
     (mean, sd), (true_mean, true_sd) = moments
