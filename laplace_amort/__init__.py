@@ -49,6 +49,7 @@ __all__ = [  # noqa: RUF022
     "ModeWarning",
     "ModelError",
     "ModifiedCholesky",
+    "NeedsModelError",
     "NestedELBO",
     "NewtonMode",
     "NoRepair",
@@ -110,6 +111,7 @@ if TYPE_CHECKING:
         ModeNotFoundError,
         ModeWarning,
         ModelError,
+        NeedsModelError,
         NotPositiveDefiniteError,
         PathError,
         PathLeakError,
@@ -151,8 +153,8 @@ else:
             "dual_path observed_information subsample_information",
             "diagnostics": "Diagnosis Finding Level diagnose",
             "errors": "GuideCheckError InformationError LaplaceAmortError ModeNotFoundError ModeWarning ModelError "
-            "NotPositiveDefiniteError PathError PathLeakError PathMissingWarning RecordingError ResumeError "
-            "StructureError",
+            "NeedsModelError NotPositiveDefiniteError PathError PathLeakError PathMissingWarning RecordingError "
+            "ResumeError StructureError",
             "fitting": "Errors FitResult FitStatus FixedDrawELBO Judgement Ladder MarginalLaplace MarginalQuadrature "
             "NestedELBO Optimum QuasiNewton Reason Step Stochastic TrustRegion Verdict fit",
             "guide": "AutoLaplaceFamily JointCurvature LaplaceGaussian MarginalCurvature dual_path_param routes",

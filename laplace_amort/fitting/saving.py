@@ -1,8 +1,8 @@
 """The format of saved fits: a zip of JSON text and numeric arrays, in which nothing is ever executed.
 
-Values are plain: None, booleans, numbers, text, lists, tuples, dictionaries, arrays and tensors, members of enumerations
-by their names, and records (named tuples and dataclasses) of classes that the reader knows, by the names of their
-fields. Whoever wants to read a file without this package needs a zip, a JSON and a NumPy reader.
+Values are plain: None, booleans, numbers, text, lists, tuples, dictionaries, arrays and tensors, members of
+enumerations by their names, and records (named tuples and dataclasses) of classes that the reader knows, by the names
+of their fields. Whoever wants to read a file without this package needs a zip, a JSON and a NumPy reader.
 """
 
 # Not a file of torch.save, read with weights_only: that is still an unpickler, what it holds to be safe changes from
@@ -272,7 +272,7 @@ def _refuse_others(path: str | Path, members: zipfile.ZipFile) -> None:
     older = re.search(rb"laplace_amort fit \d+", members.read(pickled[0]))
     if older:
         raise ResumeError(
-            f"{path} is of an earlier version ('{older[0].decode()}'), whose files held code, and it is not read. Fit "
-            f"again:\n{_AGAIN}"
+            f"{path} was written by FitResult.save of an earlier version ('{older[0].decode()}'), whose files held "
+            f"code, and it is not read. Fit again:\n{_AGAIN}"
         )
-    raise ResumeError(f"{path} is a file of torch.save, and not one of FitResult.save. Fit again:\n{_AGAIN}")
+    raise ResumeError(f"{path} was not written by FitResult.save, but by torch.save. Fit again:\n{_AGAIN}")

@@ -4,12 +4,14 @@ from laplace_amort.guide import routes
 from laplace_amort.guide.auto import AutoLaplaceFamily
 from laplace_amort.guide.gaussian import LaplaceGaussian, is_elementwise, is_exponential, is_identity
 from laplace_amort.guide.heads import Head, JointCurvature, KnownCurvature, MarginalCurvature
-from laplace_amort.guide.own import own_guide
+from laplace_amort.guide.own import KNOWN_SETTINGS, PLAIN_SETTINGS, own_guide
 from laplace_amort.guide.params import dual_path_param
 from laplace_amort.guide.problem import Problem
 from laplace_amort.guide.vector import set_vector, to_vector
 
 __all__ = [
+    "KNOWN_SETTINGS",
+    "PLAIN_SETTINGS",
     "AutoLaplaceFamily",
     "Head",
     "JointCurvature",

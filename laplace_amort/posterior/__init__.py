@@ -9,11 +9,13 @@ from laplace_amort.posterior.predictive import ConditionedUnits, NewUnits, SeenU
 from laplace_amort.posterior.proposals import matched_normal
 from laplace_amort.posterior.psis import K_GOOD, pareto_smoothed
 from laplace_amort.posterior.quantiles import weighted_quantiles
+from laplace_amort.posterior.stored import Absent, PosteriorNumbers, StoredPosterior, numbers_of_posterior
 from laplace_amort.posterior.tables import globals_table, records_frame
 from laplace_amort.posterior.unit_draws import LinearUnits, NestedUnits, WeightedUnits
 
 __all__ = [
     "K_GOOD",
+    "Absent",
     "ConditionalLikelihood",
     "ConditionedUnits",
     "ImportanceSample",
@@ -22,7 +24,9 @@ __all__ = [
     "NestedUnits",
     "NewUnits",
     "Posterior",
+    "PosteriorNumbers",
     "SeenUnits",
+    "StoredPosterior",
     "Units",
     "WeightedUnits",
     "gaussian_sample",
@@ -30,6 +34,7 @@ __all__ = [
     "log_densities",
     "marginal_sample",
     "matched_normal",
+    "numbers_of_posterior",
     "pareto_smoothed",
     "records_frame",
     "weighted_quantiles",

@@ -170,4 +170,3 @@ class StoredPosterior(Absent):
     def _summary(self, name: str, quantiles: Vector) -> SiteSummary:
         mean, std = self._numbers.mean[name], self._numbers.std[name]
         return SiteSummary(name, to_numpy(mean), to_numpy(std), quantiles)
-
