@@ -35,6 +35,7 @@ __all__ = [  # noqa: RUF022
     "FitStatus",
     "FreeMode",
     "GaussHermite",
+    "GlobalsTable",
     "GuideCheckError",
     "InformationError",
     "JointCurvature",
@@ -140,6 +141,7 @@ if TYPE_CHECKING:
     from laplace_amort.posterior import (
         ConditionalLikelihood,
         ConditionedUnits,
+        GlobalsTable,
         MarginalLikelihood,
         Posterior,
         SeenUnits,
@@ -160,7 +162,8 @@ else:
             "guide": "AutoLaplaceFamily JointCurvature LaplaceGaussian MarginalCurvature dual_path_param routes",
             "linalg": "Arrowhead Boost ModifiedCholesky NoRepair RepairReport SoftAbs",
             "model": "LogJoint UnitLayout",
-            "posterior": "ConditionalLikelihood ConditionedUnits MarginalLikelihood NewUnits Posterior SeenUnits",
+            "posterior": "ConditionalLikelihood ConditionedUnits GlobalsTable MarginalLikelihood NewUnits Posterior "
+            "SeenUnits",
             "units": "ClosedFormMode FreeMode GaussHermite NewtonMode StudentPoints",
         },
     )

@@ -38,6 +38,12 @@ def _slice_scatter(
     return torch.slice_scatter(to, source, dim, first, last, step)
 
 
+def _select_scatter(to: Tensor, source: Tensor, dim: int, index: int) -> Tensor:
+    """As a slice of one: torch's own has wrong gradients where only the source is mapped."""
+    first = index % to.shape[dim]
+    return torch.slice_scatter(to, source.unsqueeze(dim), dim, first, first + 1)
+
+
 def _index_put(to: Tensor, indices: list[Tensor | None], values: Tensor, accumulate: bool = False) -> Tensor:
     """Put values by index; a mask of all leading dimensions chooses, as what it selects has no fixed shape."""
     mask = indices[0]
@@ -49,10 +55,11 @@ def _index_put(to: Tensor, indices: list[Tensor | None], values: Tensor, accumul
     return found
 
 
-# What torch cannot differentiate, cannot map (slices without an end), or does only in the memory layout that it was in
-# before the algebra; and what does the same.
+# What torch cannot differentiate, cannot map (slices without an end), maps wrongly, or does only in the memory layout
+# that it was in before the algebra; and what does the same.
 _INSTEAD: dict[Any, Callable[..., Any]] = {
     _aten.copy.default: _copy,
+    _aten.select_scatter.default: _select_scatter,
     _aten.slice_scatter.default: _slice_scatter,
     _aten.index_put.default: _index_put,
     _aten.view.default: _aten.reshape.default,

@@ -7,7 +7,7 @@ while recording, what is computed twice is kept once, and :mod:`~laplace_amort.a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -120,22 +120,27 @@ class Recording:
 
         :raises RecordingError: if they differ by more than rounding errors.
         """
-        # Data in float64 make a value in float64 of latents in float32, with the rounding errors of these.
-        rounding = max(torch.finfo(argument.dtype).eps for argument in (global_, local))
-        for what, recorded, live in zip(
-            ("value", "gradient in the globals", "gradient in the units"),
-            _value_and_gradients(self, global_, local),
-            _value_and_gradients(log_joint, global_, local),
-            strict=True,
+        for what, difference in _differences(
+            _value_and_gradients(self, global_, local), _value_and_gradients(log_joint, global_, local)
         ):
-            finite = live[live.isfinite()]
-            size = 1 + finite.abs().max() if finite.numel() else 1
-            same = (recorded - live).abs() <= max(rounding, torch.finfo(live.dtype).eps) ** _SHARE * size
-            if not (same | ~(live.isfinite() | recorded.isfinite())).all():
-                raise RecordingError(
-                    f"the {what} of the recorded model differs from that of the model by "
-                    f"{float((recorded - live).abs().max()):.3g}. Does it use no_grad, or state that changes?"
-                )
+            raise RecordingError(
+                f"the {what} of the recorded model differs from that of the model by {difference:.3g}. Does it use "
+                "no_grad, or state that changes?"
+            )
+
+    def check_mapped(self, points: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Compare value and gradients at many points at once with those at each: torch maps some operations wrongly.
+
+        :param points: globals ``(d,)`` and units ``(N, k)``.
+        :raises RecordingError: if they differ by more than rounding errors.
+        """
+        globals_, locals_ = (torch.stack(parts) for parts in zip(*points, strict=True))
+        each = [torch.stack(parts) for parts in zip(*(_value_and_gradients(self, *p) for p in points), strict=True)]
+        for what, difference in _differences(_value_and_gradients(torch.func.vmap(self), globals_, locals_), each):
+            raise RecordingError(
+                f"the {what} of the recorded model at several points at once differs from that at each of them by "
+                f"{difference:.3g}: torch.func.vmap is wrong for one of its operations"
+            )
 
 
 def record(log_joint: Density, global_: Tensor, local: Tensor) -> Recording:
@@ -181,8 +186,7 @@ def _recorded_and_checked(log_joint: Density, global_: Tensor, local: Tensor) ->
     points = [(nearby(global_, share, 1), nearby(local, share, 2)) for share in _COMPARED]
     for point in points:
         recording.check(log_joint, *point)
-    with torch.no_grad():  # shapes that depend on values do not map
-        torch.func.vmap(recording)(*(torch.stack(parts) for parts in zip(*points, strict=True)))
+    recording.check_mapped(points)  # also that it maps at all: shapes that depend on values do not
     return recording
 
 
@@ -200,3 +204,16 @@ def _value_and_gradients(log_joint: Density, global_: Tensor, local: Tensor) -> 
         if not value.requires_grad:
             return [value, *(torch.zeros_like(copy) for copy in copies)]
         return [value.detach(), *torch.autograd.grad(value.sum(), copies, materialize_grads=True)]
+
+
+def _differences(found: Sequence[Tensor], right: Sequence[Tensor]) -> Iterator[tuple[str, float]]:
+    """Yield which of value and gradients differ by more than rounding errors, and by how much."""
+    # Data in float64 make a value in float64 of latents in float32, with the rounding errors of these.
+    rounding = max(torch.finfo(part.dtype).eps for part in right)
+    names = "value", "gradient in the globals", "gradient in the units"
+    for what, one, other in zip(names, found, right, strict=True):
+        finite = other[other.isfinite()]
+        size = 1 + finite.abs().max() if finite.numel() else 1
+        same = (one - other).abs() <= rounding**_SHARE * size
+        if not (same | ~(other.isfinite() | one.isfinite())).all():
+            yield what, float((one - other).abs().max())

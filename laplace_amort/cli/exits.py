@@ -28,7 +28,7 @@ class Exit(Status):
     FAILED = 1, "an error: of the model, of a check, of a file that could not be written"
     USAGE = 2, "wrong usage: the command line, or the data that it names, must be another"
     NOT_CONVERGED = 3, "a fit is shown, but it has not converged"
-    NOT_TRUSTED = 4, "the fit has converged, but --diagnose found something doubtful or bad"
+    NOT_TRUSTED = 4, "the fit has converged, but its verdict, or --diagnose, has something against it"
     INTERRUPTED = 130, "interrupted by Ctrl-C; what was found until then is shown"
     NO_READER = 141, "nobody read the output to its end, as in '| head'"
 

@@ -35,12 +35,12 @@ alphabetical order, and their labels stand in the tables of the units. The only 
 called data, frame or df, gets a dict of all columns. A function that returns (model, args) or (model, guide, args) is
 called with the columns, and what it returns is fitted: there is the place to prepare the data, and to choose a guide.
 
-On standard output: how the fit ended, its value, and what it took; then k-hat of the importance weights (above 0.7: do
-not rely on the result), and mean, standard deviation and quantiles of the globals. Progress and complaints go to
-standard error. After Ctrl-C what was found until then is shown and written; with --save it can go on:
+On standard output: how far to trust the posterior, with estimated errors and the line to type next; then mean, standard
+deviation and quantiles of the globals, and how they were found. Progress and complaints go to standard error. After
+Ctrl-C what was found until then is shown and written; with --save it can go on:
 
-  laplace-amort fit mymodel.py:model --data trial.csv --save fit.pt
-  laplace-amort fit mymodel.py:model --data trial.csv --resume fit.pt
+  laplace-amort fit mymodel.py:model --data trial.csv --save fit.laf
+  laplace-amort fit mymodel.py:model --data trial.csv --resume fit.laf
 """
 
 
@@ -76,8 +76,9 @@ def _add_data_options(group: Any) -> None:
 
 def _add_fit_options(group: Any) -> None:
     objectives, modes, heads = (", ".join(STRATEGIES[option]) for option in ("--objective", "--mode", "--head"))
-    group.add_argument("--objective", default="ladder", metavar="NAME",
-                       help=f"{objectives} (default ladder), or as 'Ladder(accuracy=0.01)'")  # fmt: skip
+    group.add_argument("--objective", metavar="NAME",
+                       help=f"{objectives}, or a call such as 'Ladder(accuracy=0.01)' (default: ladder; stochastic for "
+                       "a model that subsamples, elbo for one that has a pyro.param)")  # fmt: skip
     group.add_argument("--mode", metavar="NAME", help=f"{modes} (default newton), or a call of one")
     group.add_argument("--head", metavar="NAME", help=f"{heads} (default joint), for the ELBO")
     group.add_argument("--unit-plate", metavar="PLATE", help="the plate of the units (default: the largest outermost)")
@@ -85,6 +86,9 @@ def _add_fit_options(group: Any) -> None:
     group.add_argument("--seed", type=int, default=0, help="of draws and starts (default 0)")
     group.add_argument("--float32", action="store_true", help="compute in single precision")
     group.add_argument("--resume", type=Path, metavar="FILE", help="go on from what --save has kept")
+    group.add_argument("--no-check", dest="check", action="store_false",
+                       help="leave out the comparison that the verdict rests on; it cannot be good then, and the exit "
+                       "code is 4")  # fmt: skip
     group.add_argument("--diagnose", action="store_true", help="say whether to believe the posterior; takes longer")
 
 
@@ -96,7 +100,7 @@ def _add_output_options(group: Any) -> None:
                        help="write the table (.csv) or draws for ArviZ (.nc); may be repeated")  # fmt: skip
     group.add_argument("--draws", type=positive, metavar="N", help="draws in the .nc file (default 1000)")
     group.add_argument("--plot", type=Path, metavar="FILE", help="plot the marginals of the globals (.png, .pdf, ...)")
-    group.add_argument("--save", type=Path, metavar="FILE", help="keep what a later fit needs to go on")
+    group.add_argument("--save", type=Path, metavar="FILE", help="keep the result, for --resume and FitResult.load")
     group.add_argument("--overwrite", action="store_true", help="write over files that are there")
     group.add_argument("--quiet", action="store_true", help="nothing on standard error but complaints")
 

@@ -30,7 +30,7 @@ def fit_and_show(options: argparse.Namespace, table: Table) -> int:
     :param options: of the command line.
     :param Table table: the data.
     """
-    objective = strategy("--objective", options.objective)
+    objective = None if options.objective is None else strategy("--objective", options.objective)
     dtype = torch.float32 if options.float32 else torch.float64
     with default_dtype(dtype), importable(Path.cwd()), pyro.get_param_store().scope():
         case = prepare(options, table)
@@ -54,6 +54,7 @@ def _fit(case: Case, objective: Any, options: argparse.Namespace) -> FitResult:
                 seed=options.seed,
                 progress=not options.quiet,
                 resume=options.resume,
+                check=options.check,
                 **kwargs,
             )
         except LaplaceAmortError as error:
@@ -79,7 +80,7 @@ def _show(result: FitResult, case: Case, options: argparse.Namespace) -> int:
     try:
         written = report.write_all()
         if options.format == "csv":
-            print(result.headline(), file=sys.stderr)
+            print(report.words(), file=sys.stderr)
             print(report.csv(), end="", flush=True)
         else:
             print(report.text(), flush=True)
@@ -94,15 +95,15 @@ def _show(result: FitResult, case: Case, options: argparse.Namespace) -> int:
         return written
     if not result.status.ok:
         return complain("the fit has not converged", Exit.NOT_CONVERGED)
-    if report.posterior is None:
+    if report.table is None:
         return complain(report.problem, Exit.FAILED)
-    return Exit.OK if trusted else Exit.NOT_TRUSTED
+    return Exit.OK if trusted and result.verdict.ok else Exit.NOT_TRUSTED
 
 
 def _diagnosed(report: Report, options: argparse.Namespace) -> bool:
     """Print the diagnosis, if one is wanted and can be had, and return whether it is good."""
     result = report.result
-    if not options.diagnose or result.status is FitStatus.INTERRUPTED or report.posterior is None:
+    if not options.diagnose or result.status is FitStatus.INTERRUPTED or report.table is None:
         return True
     try:
         diagnosis = diagnose(result, progress=not options.quiet)

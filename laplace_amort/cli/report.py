@@ -12,10 +12,9 @@ from typing import Any
 
 from tabulate import tabulate
 
-from laplace_amort import Diagnosis, FitResult, FitStatus, FixedDrawELBO, Posterior, plots
+from laplace_amort import Diagnosis, FitResult, GlobalsTable, plots
 from laplace_amort.cli.case import Case
 from laplace_amort.cli.exits import Exit, complain
-from laplace_amort.errors import NUMERICAL_ERRORS
 
 __all__ = ["Report", "as_options", "diagnosis_text"]
 
@@ -33,40 +32,36 @@ class Report:
         self.problem = ""
 
     @functools.cached_property
-    def posterior(self) -> Posterior | None:
-        """The posterior; after an interrupt the Gaussian, which takes no time. None where there is none."""
-        result = self.result
-        if result.gaussian is None:
-            self.problem = f"there is no posterior: {result.status}"
-            return None
+    def table(self) -> GlobalsTable | None:
+        """The table of the globals; after an interrupt that of the Gaussian. None where there is no posterior."""
         try:
-            if result.status is FitStatus.INTERRUPTED:
-                return FixedDrawELBO().posterior(result.problem, result.exact_gaussian(), result.seed)
-            return result.posterior
-        except (*NUMERICAL_ERRORS, ValueError) as error:
-            self.problem = f"there is no posterior: {error}"
+            return self.result.table()
+        except ValueError as error:
+            self.problem = str(error)
             return None
 
     def text(self) -> str:
-        """Return the tables."""
-        if self.posterior is None:
-            return f"{self.result.headline()}\n{self.problem}"
-        parts = [self.result.headline(), str(self.posterior)]
-        if self.options.units:
-            parts.append(_units_text(self._units_frame(self.posterior)))
+        """Return the verdict, the tables and how they were found."""
+        parts = [str(self.result)]
+        if self.options.units and self.table is not None:
+            parts.append(_units_text(self._units_frame()))
         return "\n\n".join(parts)
+
+    def words(self) -> str:
+        """Return what stands around the table of the globals."""
+        return f"{self.result.judgement}\n\n{self.result.how()}"
 
     def csv(self) -> str:
         """Return one line for each number: ``site``, ``unit``, ``element``, mean, standard deviation and quantiles."""
-        if self.posterior is None:
+        if self.table is None:
             return ""
-        frame = self.posterior.to_frame()
-        places = frame.index.str.extract(r"(?P<site>[^[]*)\[?(?P<element>[^]]*)")
+        frame = self.table.to_frame()
+        places = frame.index.str.extract(r"^(?P<site>.*?)(?:\[(?P<element>[^][]*)\])?$").fillna("")
         frame.insert(0, "site", places["site"].to_numpy())
         frame.insert(1, "unit", "")
         frame.insert(2, "element", places["element"].to_numpy())
         style = {"index": False, "float_format": "%.10g", "lineterminator": "\n"}
-        units = self._units_frame(self.posterior).to_csv(header=False, **style) if self.options.units else ""
+        units = self._units_frame().to_csv(header=False, **style) if self.options.units else ""
         return f"{frame.to_csv(**style)}{units}"
 
     def write_all(self) -> Exit:
@@ -93,7 +88,7 @@ class Report:
 
     def plot(self, path: Path) -> None:
         """Draw the marginals of the globals, or how the fit went if there is no posterior."""
-        drawn = plots.history_figure if self.posterior is None else plots.marginals_figure
+        drawn = plots.history_figure if self.table is None else plots.marginals_figure
         plots.save_figure(drawn(self.result), path)
 
     def _labels(self) -> dict[int, str]:
@@ -103,8 +98,8 @@ class Report:
         labels, plate = list(self._labels().values()), self.result.problem.unit_model.layout.frame.name
         return {} if labels == [str(number) for number in range(len(labels))] else {plate: labels}
 
-    def _units_frame(self, posterior: Posterior) -> Any:
-        frame = posterior.units_to_frame()
+    def _units_frame(self) -> Any:
+        frame = self.result.posterior_to_show().units_to_frame()
         frame["unit"] = frame["unit"].map(self._labels())
         return frame
 

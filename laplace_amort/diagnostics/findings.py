@@ -10,7 +10,7 @@ import numpy
 from numpy.typing import NDArray
 from tabulate import tabulate
 
-from laplace_amort.posterior import records_frame
+from laplace_amort.posterior import markup, records_frame
 from laplace_amort.statuses import Status
 
 __all__ = ["Diagnosis", "Finding", "Level", "UnitTails"]
@@ -56,6 +56,10 @@ class UnitTails(NamedTuple):
     units: NDArray[numpy.int64]
     k_hat: NDArray[numpy.float64]
     num_units: int
+
+    def __repr__(self) -> str:
+        largest = f", k-hat up to {self.k_hat.max():.2g}" if len(self.k_hat) else ""
+        return f"UnitTails({len(self.units)} of {self.num_units} units of plate '{self.plate}'{largest})"
 
 
 @dataclass(frozen=True)
@@ -111,6 +115,18 @@ class Diagnosis:
         columns = ["check", "level", "value", "meaning"]
         rows = [(f.name, str(f.level), f.value, f.sentence) for f in self.findings]
         return records_frame([dict(zip(columns, row, strict=True)) for row in rows], columns)
+
+    def __repr__(self) -> str:
+        number = len(self.findings)
+        return f"Diagnosis({self.level}, {number} finding{'s' if number != 1 else ''})"
+
+    def _repr_html_(self) -> str:
+        rows = [(f.name, str(f.level), f.value, f.sentence) for f in self.findings]
+        kind = f"verdict {'ok' if self.ok else 'not-ok'}"
+        parts = [markup.strong(self.verdict, kind=kind), markup.table(["check", "level", "value", "meaning"], rows)]
+        return markup.division(
+            parts + ([markup.paragraph(f"Next:\n    {self.advice}", "next")] if self.advice else []), "laplace-amort"
+        )
 
     def __str__(self) -> str:
         rows = [[f.name, str(f.level), f.value, textwrap.fill(f.sentence, _WIDTH)] for f in self.findings]

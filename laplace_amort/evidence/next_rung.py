@@ -11,8 +11,9 @@ from laplace_amort.units import GRID_DIM, GaussHermite, Laplace, QuadratureRule,
 
 __all__ = ["against_next", "next_rule"]
 
-# Draws of the globals at which two rules are compared, and for each global at least.
-_DRAWS, _EACH = 128, 4
+# Draws of the globals at which two rules are compared, and for each global at least. Fewer tell where the rules differ
+# by a constant: means then move by no more standard deviations than the difference of their logarithms varies by.
+_DRAWS, _EACH, _FEW, _CONSTANT = 128, 4, 16, 0.01
 
 
 def next_rule(rule: QuadratureRule, local_dim: int) -> QuadratureRule:
@@ -42,8 +43,14 @@ def against_next(
     if not isinstance(known, NestedUnits) or numpy.isnan(own.log_evidence):
         units = WeightedUnits(own.gaussian, own.problem.integrals, finer)
         return own, Posterior(own.problem, own.gaussian, marginal_sample(units, seed), units, own.seed)
-    own = own.part(max(_DRAWS, _EACH * own.gaussian.global_loc.numel()))
-    units, (globals_, _) = known.by(finer), own.weighted_globals()
-    there = units.conditionals(globals_)
-    old, new = (log_densities(units, one, globals_, there) for one in (rule, finer))
-    return own, dataclasses.replace(own, globals_=own.globals_.reweighted(new - old), units=units)
+    units = known.by(finer)
+    part, difference = own, numpy.zeros(0)
+    for number in (_FEW, max(_DRAWS, _EACH * own.gaussian.global_loc.numel())):
+        part = own.part(number)
+        globals_, _ = part.weighted_globals()
+        there = units.conditionals(globals_)
+        old, new = (log_densities(units, one, globals_, there) for one in (rule, finer))
+        difference = new - old
+        if numpy.ptp(difference) <= _CONSTANT:
+            break
+    return part, dataclasses.replace(part, globals_=part.globals_.reweighted(difference), units=units)

@@ -39,6 +39,11 @@ class FitStatus(Status):
         "not converged: at the best point the objective is flat or curves upwards in some direction; are the globals "
         "identified?",
     )
+    COLLAPSED = (
+        7,
+        "not converged: a scale ran to zero together with the global effects that it is the scale of, and the posterior "
+        "is elsewhere; take the ELBO: fit(model, *args, objective=FixedDrawELBO())",
+    )
 
     @property
     def ok(self) -> bool:

@@ -24,9 +24,9 @@ from laplace_amort.fitting.objectives.ladder import Ladder
 from laplace_amort.fitting.objectives.laplace import MarginalLaplace
 from laplace_amort.fitting.objectives.stochastic import Stochastic
 from laplace_amort.fitting.optimizers import Optimizer, TrustRegion
+from laplace_amort.fitting.records import Optimum, Saved
 from laplace_amort.fitting.result import FitResult, load_saved
 from laplace_amort.fitting.search import START_STEPS, find_maxima, fresh_value, positive
-from laplace_amort.fitting.stored import Optimum, Saved
 from laplace_amort.guide import AutoLaplaceFamily, LaplaceGaussian, Problem, own_guide
 
 __all__ = ["fit"]

@@ -57,7 +57,7 @@ def judge(result: FitResult) -> Judgement:
 
 def _evidence(result: FitResult) -> tuple[Errors | None, list[Reason]]:
     """Gather all that speaks against a fit that has converged."""
-    gaussian, reasons = result.exact_gaussian(), [*_repairs(result), *_kinks(result)]
+    gaussian, reasons = result.exact_gaussian(), [*_repairs(result), *_kinks(result), *_scales(result)]
     if result.problem.subsamples:
         sentence = "it was fitted in minibatches, and a comparison needs all units at once"
         return None, [*reasons, Reason(Verdict.NOT_COMPARED, sentence)]
@@ -88,6 +88,16 @@ def _repairs(result: FitResult) -> Iterator[Reason]:
 def _kinks(result: FitResult) -> Iterator[Reason]:
     for sentence in result.problem.kinks(result.exact_gaussian()):
         yield Reason(Verdict.KINKED, sentence, _BY_CHAINS)
+
+
+def _scales(result: FitResult) -> Iterator[Reason]:
+    scaled = result.problem.unit_model.density.scaled
+    if scaled:
+        sentence = (
+            f"'{scaled[0]}' counts with a weight (poutine.scale; {len(scaled)} sites in all). If it stands for data that "
+            "are left out, let a plate know of them; if not, leave it out:"
+        )
+        yield Reason(Verdict.WEIGHTED, sentence, "pyro.plate('units', N, subsample_size=B)")
 
 
 def _errors(own: Posterior, reference: Posterior, whole: Posterior) -> Errors:

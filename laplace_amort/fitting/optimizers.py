@@ -226,7 +226,8 @@ class _Quadratic(NamedTuple):
         if missing >= 0:  # at a saddle without a slope along the way up, and either way is as good
             longest[0] += math.copysign(missing**0.5, longest[0])
             return longest
-        most = least + float(numpy.linalg.norm(self.slope)) / radius
+        # Where all curvatures are the same this is where it lies; a little further, rounding errors hide it no more.
+        most = least + (1 + 1e-6) * float(numpy.linalg.norm(self.slope)) / radius
         return step(float(scipy.optimize.brentq(too_short, least, most)))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -13,24 +13,37 @@ from typing import Any
 from pyro.infer import Predictive
 from torch import Tensor
 
+from laplace_amort.errors import NUMERICAL_ERRORS, LaplaceAmortError
+from laplace_amort.evidence import heavy_tails
+from laplace_amort.fitting import shown
 from laplace_amort.fitting.evaluation import FitStatus
 from laplace_amort.fitting.history import Step
 from laplace_amort.fitting.judge import judge
 from laplace_amort.fitting.objectives.base import Objective
+from laplace_amort.fitting.objectives.elbo import FixedDrawELBO
 from laplace_amort.fitting.objectives.quadrature import MarginalQuadrature
+from laplace_amort.fitting.records import KNOWN, Optimum, Saved
 from laplace_amort.fitting.saving import read, write
-from laplace_amort.fitting.stored import KNOWN, Optimum, Saved, content_of, load_line, revived, saved_in, without_model
+from laplace_amort.fitting.stored import content_of, load_line, revived, saved_in, without_model
 from laplace_amort.fitting.verdict import Errors, Judgement, Verdict
 from laplace_amort.guide import AutoLaplaceFamily, LaplaceGaussian, Problem
 from laplace_amort.linalg import RepairReport
-from laplace_amort.posterior import Absent, Posterior, SeenUnits, StoredPosterior, Units, globals_table, records_frame
+from laplace_amort.posterior import (
+    PROBABILITIES,
+    Absent,
+    GlobalsTable,
+    Posterior,
+    SeenUnits,
+    StoredPosterior,
+    Units,
+    records_frame,
+)
 from laplace_amort.units import Laplace, QuadratureRule
 
 __all__ = ["FitResult", "load_saved"]
 
 # Fields of a result that have forms of their own in a file, or none.
 _NOT_PLAIN = {"guide", "problem", "gaussian", "in_double", "sampled", "saved", "maximized", "asked"}
-_NO_GRADIENT = 1e-6  # standard deviations below which a gradient is none, and its digits are rounding errors
 
 
 @dataclass(frozen=True)
@@ -48,9 +61,9 @@ class FitResult:
     :param dict timings: seconds by stage.
     :param list optima: :class:`Optimum`, the best first; one, unless several starts ended in several places.
     :param list notes: what a user should know, in sentences.
-    :param LaplaceGaussian gaussian: the posterior that was found, without a graph: of ``MarginalLaplace`` the one with
-        the marginal curvature as its head, of an ELBO the guide. ``None`` if a fit ended where there is none. In the
-        dtype of the model, like all tensors here.
+    :param LaplaceGaussian gaussian: the Gaussian approximation at the optimum, without a graph: of ``MarginalLaplace``
+        the one with the marginal curvature as its head, of an ELBO the guide. ``None`` if a fit ended where there is
+        none. In the dtype of the model, like all tensors here. For results take ``posterior``.
     :param saved: what a later fit needs to go on, see :meth:`save`.
     :param maximized: the objective that was, with its settings.
     :param Problem problem: the model at its data.
@@ -132,6 +145,8 @@ class FitResult:
     def standard_errors(self) -> dict[str, Tensor]:
         r"""Return standard deviations of all latents in unconstrained space, by site, in its unconstrained shape.
 
+        They are those of ``gaussian``, the Gaussian approximation at the optimum; ``posterior.std()`` has those of the
+        posterior, in constrained space.
         Those of the units are the roots of the diagonals of :math:`U_i^{-1} + W_i S^{-1} W_i^\top`: the delta method,
         the dependence of the mode on the globals included.
 
@@ -141,22 +156,52 @@ class FitResult:
         variances = gaussian.precision.global_variance(), gaussian.precision.local_variance()
         return self.problem.rounded(gaussian.unit_model.layout.to_sites(*(part.sqrt() for part in variances)))
 
+    def table(self, quantiles: Sequence[float] = PROBABILITIES) -> GlobalsTable:
+        """Return the table of the globals that ``print(result)`` shows: that of :meth:`Posterior.table`.
+
+        Means and standard deviations that do not exist are left out, as far as the verdict has seen it. After an
+        interrupt it is the Gaussian where the fit was then, which takes no time.
+
+        :param quantiles: between 0 and 1.
+        :raises ValueError: if there is no posterior, with the reason.
+        """
+        table = self.posterior_to_show().table(quantiles)
+        if not any(reason.verdict is Verdict.NO_MOMENTS for reason in self.judgement.reasons):
+            return table
+        return table.without_moments({tail.name: tail.has_mean for tail in heavy_tails(self.posterior)})
+
+    def posterior_to_show(self) -> Posterior:
+        """Return the posterior; after an interrupt the Gaussian where the fit was then, which takes no time.
+
+        :raises ValueError: if there is none, with the reason.
+        """
+        try:
+            if self.status is FitStatus.INTERRUPTED:
+                return FixedDrawELBO().posterior(self.problem, self.exact_gaussian(), self.seed)
+            return self.posterior
+        except (*NUMERICAL_ERRORS, LaplaceAmortError) as error:
+            raise ValueError(f"there is no posterior: {error}") from error
+
     def summary(self) -> str:
-        """Return a table of the globals in constrained space, with how the fit ended above it."""
-        return (
-            self.headline() if self.gaussian is None else f"{self.headline()}\n\n{globals_table(self.exact_gaussian())}"
-        )
+        """Return the verdict, a table of the globals, and how they were found: what ``print(result)`` shows."""
+        return shown.text(self)
 
     def __str__(self) -> str:
         return self.summary()
 
+    def __repr__(self) -> str:
+        return shown.in_one_line(self)
+
+    def _repr_html_(self) -> str:
+        return shown.html(self)
+
     def headline(self) -> str:
         """Return what is to be said of a fit before any table: how it ended, where, repairs, other optima, notes."""
-        lines = [f"{self.status.name}: {self.status}", self._where(), *self._repairs()]
-        if len(self.optima) > 1:
-            found = ", ".join(f"{optimum.objective:.6g} ({optimum.num_starts} starts)" for optimum in self.optima)
-            lines.append(f"{len(self.optima)} optima were found: {found}")
-        return "\n".join([*lines, *self.notes])
+        return shown.headline(self)
+
+    def how(self) -> str:
+        """Return how the posterior was found, in lines: objective, status, draws, and notes that no verdict has."""
+        return shown.how_found(self)
 
     def predictive(self, units: Units = SeenUnits(), **options: Any) -> Predictive:  # noqa: B008 (never changes)
         """Return Pyro's ``Predictive`` for this fit; see :meth:`Posterior.predictive` for its options."""
@@ -180,26 +225,6 @@ class FitResult:
         names = [one.name for one in dataclasses.fields(Step)]
         return records_frame([dataclasses.asdict(step) for step in self.history], names)
 
-    def _where(self) -> str:
-        value = f"objective {self.objective:.6g}"
-        if self.standard_error:
-            value += f" ± {self.standard_error:.2g}"
-        draws = f", {self.num_draws} draws" if self.num_draws else ""
-        size = f"{self.gradient_norm:.2g}" if self.gradient_norm >= _NO_GRADIENT else f"under {_NO_GRADIENT:g}"
-        gradient = f"gradient {size} posterior sd" if math.isfinite(self.gradient_norm) else ""
-        evaluations = f"{len(self.history)} evaluations{draws}, {self.seconds:.3g} s"
-        return "; ".join(part for part in (value, gradient, evaluations) if part)
-
-    def _repairs(self) -> list[str]:
-        lines = []
-        for what, report in (("globals", self.head_report), ("units", self.tail_report)):
-            if report is not None and report.num_repaired:
-                lines.append(f"the precision of the {what} is not that of a maximum: {report}")
-                if what == "globals" and self.num_draws and self.status is FitStatus.CONVERGED:
-                    lines[-1] += "; do not rely on the scales, integrate over the units:\n"
-                    lines[-1] += "    fit(model, guide, *args, objective=Ladder())"
-        return lines
-
     def _attributes(self) -> dict[str, Any]:
         """What a file of this fit should say about it: numbers and words."""
         found = {
@@ -210,6 +235,9 @@ class FitResult:
             "message": str(self.status),
             "sampling_time": float(self.seconds),
             "notes": "\n".join(self.notes),
+            "verdict": self.verdict.name,
+            "verdict_message": "\n".join([str(self.verdict), *map(str, self.judgement.reasons)]),
+            "errors": "" if self.errors is None else str(self.errors),
         }
         return {name: value for name, value in found.items() if not (isinstance(value, float) and math.isnan(value))}
 
@@ -264,7 +292,7 @@ class FitResult:
         return self.in_double or self.gaussian
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class StoredResult(FitResult):
     """A fit as a file has it, without its model: what needs that says what to type."""
 
@@ -276,13 +304,10 @@ class StoredResult(FitResult):
         """The posterior's tables, means and standard deviations; see :class:`StoredPosterior`.
 
         :raises ValueError: if the fit ended where there is no posterior.
-        :raises NeedsModelError: if none was computed before the fit was saved.
         """
-        self.exact_gaussian()
-        found, line = self.content["posterior"], load_line(self.path)
-        if isinstance(found, str):
-            return Absent(f"its posterior, which the file does not have ({found})", line)
-        return StoredPosterior(found, line)
+        found = self.posterior_to_show()
+        why = self.content["missing"]
+        return Absent(f"its posterior ({why})", load_line(self.path)) if why else found
 
     @property
     def judgement(self) -> Judgement:
@@ -290,9 +315,31 @@ class StoredResult(FitResult):
         found: Judgement = self.content["judgement"]
         return found
 
-    def summary(self) -> str:
-        """Return what was to be said of the fit when it was saved."""
-        return str(self.content["text"])
+    def posterior_to_show(self) -> Any:
+        """Return the posterior; after an interrupt the Gaussian where the fit was then.
+
+        :raises ValueError: if there is none, with the reason.
+        """
+        if self.content["shown"] is None:
+            raise ValueError(self.content["missing"])
+        return StoredPosterior(self.content["shown"], load_line(self.path))
+
+    def table(self, quantiles: Sequence[float] = PROBABILITIES) -> GlobalsTable:
+        """Return the table of the globals that ``print(result)`` shows.
+
+        :param quantiles: of those that are kept; see :meth:`StoredPosterior.table`.
+        :raises ValueError: if there is no posterior, with the reason.
+        """
+        table: GlobalsTable = self.posterior_to_show().table(quantiles)
+        have_mean = self.content["have_mean"]
+        return table.without_moments(have_mean) if have_mean else table
+
+    def how(self) -> str:
+        """Return how the posterior was found, in lines."""
+        return str(self.content["how"])
+
+    def __repr__(self) -> str:
+        return f"FitResult({self.verdict.name}, {self.status.name}, {self.asked!r}, read from {self.path!r})"
 
     def save(self, path: str | Path) -> None:
         """Write the same to another file."""

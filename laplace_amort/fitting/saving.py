@@ -1,6 +1,6 @@
 """The format of saved fits: a zip of JSON text and numeric arrays, in which nothing is ever executed.
 
-Values are plain: None, booleans, numbers, text, lists, tuples, dictionaries, arrays and tensors, members of
+Values are plain: None, booleans, numbers, text, lists, tuples, frozen sets, dictionaries, arrays, tensors, members of
 enumerations by their names, and records (named tuples and dataclasses) of classes that the reader knows, by the names
 of their fields. Whoever wants to read a file without this package needs a zip, a JSON and a NumPy reader.
 """
@@ -138,6 +138,8 @@ class _Writer:
             return [self.plain(one) for one in value]
         if isinstance(value, Mapping):
             return self._mapping(value)
+        if isinstance(value, frozenset):
+            return {"$set": [self.plain(one) for one in sorted(value)]}
         if isinstance(value, tuple) and not hasattr(value, "_fields"):
             return {"$tuple": [self.plain(one) for one in value]}
         fields = self.known.fields(value)
@@ -168,6 +170,7 @@ class _Reader:
             "$tensor": lambda at: torch.from_numpy(self._array(*at)),
             "$array": lambda at: self._array(*at),
             "$tuple": lambda at: tuple(map(self.value, at)),
+            "$set": lambda at: frozenset(map(self.value, at)),
             "$items": lambda at: {self.value(key): self.value(one) for key, one in at},
         }
 

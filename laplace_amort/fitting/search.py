@@ -18,7 +18,7 @@ from laplace_amort.fitting.objectives.draws import mean_of_pairs
 from laplace_amort.fitting.objectives.elbo import FixedDrawELBO
 from laplace_amort.fitting.objectives.laplace import MarginalLaplace
 from laplace_amort.fitting.optimizers import Optimizer, TrustRegion
-from laplace_amort.guide import Problem, is_exponential
+from laplace_amort.guide import Problem, find_collapse, is_exponential
 from laplace_amort.linalg import Whitening
 
 __all__ = ["START_STEPS", "distinct", "find_maxima", "fresh_value", "other_starts", "positive", "random_starts"]
@@ -62,7 +62,7 @@ def _in_stages(history: History, objective: Objective, optimizer: Optimizer, sta
         return distinct(_from_any_of_these(history, objective, optimizer, start) for start in starts)
     climber = TrustRegion(max_steps=START_STEPS) if isinstance(before, MarginalLaplace) else before.default_optimizer
     lower = distinct(_from_any_of_these(history, before, climber, start) for start in starts)
-    return distinct(_climbed_from(one, history, objective, optimizer) for one in lower[:_CLIMBED])
+    return distinct(_climbed_from(one, starts[0], history, objective, optimizer) for one in lower[:_CLIMBED])
 
 
 def _from_any_of_these(history: History, objective: Objective, optimizer: Optimizer, start: Tensor) -> Maximum:
@@ -70,19 +70,31 @@ def _from_any_of_these(history: History, objective: Objective, optimizer: Optimi
     found: list[Maximum] = []
     for candidate in itertools.chain([start], other_starts(history.problem, start)):
         history.problem.place(candidate)
-        found.append(objective.climb(history, optimizer))
-        if found[-1].status in (FitStatus.CONVERGED, FitStatus.TOO_FEW_DRAWS):
+        found.append(_unless_collapsed(history, objective.climb(history, optimizer)))
+        if found[-1].status in (FitStatus.CONVERGED, FitStatus.TOO_FEW_DRAWS, FitStatus.COLLAPSED):
             return found[-1]
     return max(found, key=lambda maximum: maximum.evaluation.value)
 
 
-def _climbed_from(lower: Maximum, history: History, objective: Objective, optimizer: Optimizer) -> Maximum:
-    """Maximize from the optimum of another objective, if there is one."""
+def _climbed_from(
+    lower: Maximum, start: Tensor, history: History, objective: Objective, optimizer: Optimizer
+) -> Maximum:
+    """Maximize from the optimum of another objective, if there is one: from the start where that is a collapse."""
     if lower.status is FitStatus.START_FAILED:
         return lower
-    history.problem.place(torch.from_numpy(lower.point))
+    history.problem.place(start if lower.status is FitStatus.COLLAPSED else torch.from_numpy(lower.point))
     history.problem.center_units(history.journal.call)
-    return objective.climb(history, optimizer)._replace(num_starts=lower.num_starts)
+    maximum = objective.climb(history, optimizer)._replace(num_starts=lower.num_starts)
+    return _unless_collapsed(history, maximum)
+
+
+def _unless_collapsed(history: History, maximum: Maximum) -> Maximum:
+    """Return a maximum, with a status that says so where a scale ran to zero with what it is the scale of."""
+    if not math.isfinite(maximum.evaluation.value):
+        return maximum
+    information = maximum.evaluation.information
+    ran = history.timed("scales", lambda: find_collapse(history.problem, maximum.point, information) is not None)
+    return maximum._replace(status=FitStatus.COLLAPSED) if ran else maximum
 
 
 # --------------------------------------------------------------------------------------------------------------- starts

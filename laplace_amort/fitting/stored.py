@@ -2,145 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from laplace_amort.errors import NUMERICAL_ERRORS, ModelError, ResumeError, StructureError
-from laplace_amort.fitting.evaluation import Evaluation, FitStatus, Maximum
-from laplace_amort.fitting.history import Step
+from laplace_amort.errors import ResumeError
+from laplace_amort.evidence import heavy_tails
+from laplace_amort.fitting.evaluation import FitStatus
 from laplace_amort.fitting.journal import same_start
 from laplace_amort.fitting.objectives.base import gaussian_at
-from laplace_amort.fitting.objectives.elbo import FixedDrawELBO
-from laplace_amort.fitting.objectives.ladder import Ladder
-from laplace_amort.fitting.objectives.laplace import MarginalLaplace
-from laplace_amort.fitting.objectives.nested import NestedELBO
-from laplace_amort.fitting.objectives.quadrature import MarginalQuadrature
-from laplace_amort.fitting.objectives.stochastic import WalkState
-from laplace_amort.fitting.saving import Described, Known, described
-from laplace_amort.fitting.verdict import Errors, Judgement, Reason, Verdict
-from laplace_amort.guide import (
-    KNOWN_SETTINGS,
-    PLAIN_SETTINGS,
-    AutoLaplaceFamily,
-    LaplaceGaussian,
-    Problem,
-    own_guide,
-)
-from laplace_amort.linalg import RepairReport, Whitening
-from laplace_amort.posterior import Absent, Posterior, PosteriorNumbers, numbers_of_posterior
-from laplace_amort.types import Vector
-from laplace_amort.units import GaussHermite, Laplace, StudentPoints
+from laplace_amort.fitting.records import KNOWN, GaussianNumbers, Saved, StoredGaussian
+from laplace_amort.fitting.saving import Described, described
+from laplace_amort.fitting.verdict import Verdict
+from laplace_amort.guide import PLAIN_SETTINGS, AutoLaplaceFamily, Problem, own_guide
+from laplace_amort.posterior import Absent, numbers_of_posterior
 
-__all__ = [
-    "KNOWN",
-    "GaussianNumbers",
-    "Optimum",
-    "Saved",
-    "StoredGaussian",
-    "content_of",
-    "load_line",
-    "revived",
-    "saved_in",
-    "without_model",
-]
-
-
-@dataclasses.dataclass(frozen=True)
-class Optimum:
-    """One place where starts ended.
-
-    :param float objective: its value there.
-    :param int num_starts: that ended there.
-    :param dict globals_: constrained values of the global sites, by name.
-    :param FitStatus status: how the best of these starts ended.
-    """
-
-    objective: float
-    num_starts: int
-    globals_: Mapping[str, Tensor]
-    status: FitStatus
-
-
-class Saved(NamedTuple):
-    """What a later fit goes on from.
-
-    :param start: where all parameters were, and what was known of modes; of a file, None for the latter.
-    :param list entries: of the journal; None for a fit that begins.
-    :param state: what is known of the modes of the units at the end.
-    :param WalkState walk: of a stochastic fit.
-    :param Vector end: where all parameters are at the end.
-    :param Maximum best: the optimum there.
-    """
-
-    start: Any = None
-    entries: list[tuple[str, Any]] | None = None
-    state: Any = None
-    walk: WalkState | None = None
-    end: Vector | None = None
-    best: Maximum | None = None
-
-    def numbers(self) -> Saved:
-        """Return the same without what is known of modes, which is found again."""
-        walk = self.walk and dataclasses.replace(self.walk, memory=None)
-        return self._replace(start=(self.start[0], None), state=None, walk=walk)
-
-    def knowing(self, memory: Any) -> Saved:
-        """Return the same with what is known of modes, as :meth:`Problem.memory` has it."""
-        return self._replace(state=memory, walk=self.walk and dataclasses.replace(self.walk, memory=memory))
-
-
-class GaussianNumbers(NamedTuple):
-    """A Gaussian but for the border of its precision.
-
-    :param Tensor global_loc: ``(d,)``.
-    :param Tensor local_loc: modes of the units, ``(N, k)``.
-    :param Tensor schur_complement: marginal precision of the globals, ``(d, d)``.
-    :param RepairReport head_report: what was repaired in it.
-    :param RepairReport tail_report: what was repaired in the precisions of the units.
-    """
-
-    global_loc: Tensor
-    local_loc: Tensor
-    schur_complement: Tensor
-    head_report: RepairReport
-    tail_report: RepairReport
-
-    @staticmethod
-    def of(gaussian: LaplaceGaussian) -> GaussianNumbers:
-        """Return those of a Gaussian."""
-        schur = gaussian.precision.schur_complement
-        return GaussianNumbers(
-            gaussian.global_loc, gaussian.local_loc, schur, gaussian.head_report, gaussian.tail_report
-        )
-
-
-class StoredGaussian(Absent):
-    """A Gaussian as a file has it, with the attributes of :class:`GaussianNumbers`; for all else it says what to type.
-
-    :param GaussianNumbers numbers: of the Gaussian.
-    :param str line: that sets up the model.
-    """
-
-    def __init__(self, numbers: GaussianNumbers, line: str) -> None:
-        super().__init__("the Gaussian with its precision", line)
-        vars(self).update(numbers._asdict())
-
-
-# A class that a result has a field of, or an objective a setting, belongs here; what does not is described in words.
-KNOWN = Known(
-    (
-        *(Optimum, Step, Evaluation, Maximum, WalkState, Saved, GaussianNumbers, PosteriorNumbers, RepairReport),
-        *(FitStatus, Verdict, Errors, Reason, Judgement),
-        *(MarginalLaplace, MarginalQuadrature, Ladder, FixedDrawELBO, NestedELBO),
-        *(Laplace, GaussHermite, StudentPoints, *PLAIN_SETTINGS),
-    ),
-    {Whitening: (Whitening.numbers, Whitening.of_numbers), **KNOWN_SETTINGS},
-)
+__all__ = ["content_of", "load_line", "revived", "saved_in", "without_model"]
 
 
 # ----------------------------------------------------------------------------------------------------------- to a file
@@ -159,9 +38,9 @@ def content_of(result: Any, plain: Mapping[str, Any]) -> dict[str, Any]:
         "maximized": described(result.maximized, KNOWN),
         "asked": described(result.asked, KNOWN),
         "guide": {name: described(one, KNOWN) for name, one in result.guide.settings().items()},
-        "posterior": _posterior_of(result),
+        **_shown(result),
         "judgement": result.judgement,
-        "text": str(result),
+        "how": result.how(),
         "gaussian": exact,
         "dtype": str(problem.dtype).removeprefix("torch."),
         "has_all_units": exact is not None and exact.local_loc.shape == problem.memory()[0].shape,
@@ -169,15 +48,20 @@ def content_of(result: Any, plain: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _posterior_of(result: Any) -> PosteriorNumbers | str:
-    """Return the numbers of a posterior, or why there are none."""
-    if result.status is FitStatus.INTERRUPTED and "posterior" not in vars(result):  # a file is written at once
-        return "the fit was interrupted"
+def _shown(result: Any) -> dict[str, Any]:
+    """Return the posterior that a reader is shown, and in what it is not the one that was asked for."""
+    interrupted = result.status is FitStatus.INTERRUPTED  # then nothing is drawn: the file is to be written at once
+    without_moments = any(reason.verdict is Verdict.NO_MOMENTS for reason in result.judgement.reasons)
     try:
-        posterior: Posterior = result.posterior
-        return numbers_of_posterior(posterior)
-    except (*NUMERICAL_ERRORS, ModelError, StructureError, ValueError) as error:
-        return str(error)
+        return {
+            "shown": numbers_of_posterior(result.posterior_to_show()),
+            "missing": "the fit was interrupted" if interrupted else "",
+            "have_mean": {tail.name: tail.has_mean for tail in heavy_tails(result.posterior)}
+            if without_moments
+            else {},
+        }
+    except ValueError as error:
+        return {"shown": None, "missing": str(error), "have_mean": {}}
 
 
 # --------------------------------------------------------------------------------------------------------- from a file

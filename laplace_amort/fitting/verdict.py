@@ -27,13 +27,14 @@ class Verdict(Status):
     RIGHT = 0, "right, as far as can be seen"
     INEXACT = 1, "not exact: means or standard deviations are off by more than they may be"
     NO_MOMENTS = 2, "right in its quantiles, but some mean or standard deviation does not exist: report quantiles"
-    POORLY_COVERED = 3, "not known well: few draws of the globals count, or the tail of their weights is heavy"
-    SEVERAL_MODES = 4, "one mode of several: what lies around the others is left out"
-    KINKED = 5, "not to be relied on: the density has kinks where the fit takes it for smooth"
-    NOT_A_MAXIMUM = 6, "not to be relied on: the fit ended where the density has no maximum in all directions"
-    NOT_COMPARED = 7, "not known: nothing was there to compare it with"
-    NOT_CONVERGED = 8, "not to be relied on: the fit has not converged"
-    NO_POSTERIOR = 9, "there is no posterior"
+    WEIGHTED = 3, "that of a model with weights: standard deviations are not those of the data as they are"
+    POORLY_COVERED = 4, "not known well: few draws of the globals count, or the tail of their weights is heavy"
+    SEVERAL_MODES = 5, "one mode of several: what lies around the others is left out"
+    KINKED = 6, "not to be relied on: the density has kinks where the fit takes it for smooth"
+    NOT_A_MAXIMUM = 7, "not to be relied on: the fit ended where the density has no maximum in all directions"
+    NOT_COMPARED = 8, "not known: there was nothing to compare it with"
+    NOT_CONVERGED = 9, "not to be relied on: the fit has not converged"
+    NO_POSTERIOR = 10, "there is no posterior"
 
     @property
     def ok(self) -> bool:

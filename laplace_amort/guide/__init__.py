@@ -2,7 +2,8 @@
 
 from laplace_amort.guide import routes
 from laplace_amort.guide.auto import AutoLaplaceFamily
-from laplace_amort.guide.gaussian import LaplaceGaussian, is_elementwise, is_exponential, is_identity
+from laplace_amort.guide.collapse import Collapse, find_collapse
+from laplace_amort.guide.gaussian import LaplaceGaussian, is_elementwise, is_exponential, is_identity, of_one_event
 from laplace_amort.guide.heads import Head, JointCurvature, KnownCurvature, MarginalCurvature
 from laplace_amort.guide.own import KNOWN_SETTINGS, PLAIN_SETTINGS, own_guide
 from laplace_amort.guide.params import dual_path_param
@@ -13,6 +14,7 @@ __all__ = [
     "KNOWN_SETTINGS",
     "PLAIN_SETTINGS",
     "AutoLaplaceFamily",
+    "Collapse",
     "Head",
     "JointCurvature",
     "KnownCurvature",
@@ -20,9 +22,11 @@ __all__ = [
     "MarginalCurvature",
     "Problem",
     "dual_path_param",
+    "find_collapse",
     "is_elementwise",
     "is_exponential",
     "is_identity",
+    "of_one_event",
     "own_guide",
     "routes",
     "set_vector",

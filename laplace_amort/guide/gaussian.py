@@ -18,8 +18,9 @@ from laplace_amort.errors import ModelError
 from laplace_amort.linalg import Arrowhead, RepairReport
 from laplace_amort.model import UnitModel
 
-__all__ = ["LaplaceGaussian", "is_elementwise", "is_exponential", "is_identity"]
+__all__ = ["LaplaceGaussian", "is_elementwise", "is_exponential", "is_identity", "of_one_event"]
 
+_SHOWN = 12  # globals in what is printed
 _NODES = 41  # of the Gauss-Hermite rule for means in constrained space
 
 
@@ -44,6 +45,19 @@ class LaplaceGaussian:
     precision: Arrowhead
     head_report: RepairReport
     tail_report: RepairReport
+
+    def __repr__(self) -> str:
+        return f"LaplaceGaussian(approximation at the optimum, {self.unit_model.sizes()})"
+
+    def __str__(self) -> str:
+        layout = self.unit_model.layout
+        sds = self.precision.global_variance().sqrt().tolist()
+        elements = zip(layout.global_elements(), self.global_loc.tolist(), sds, strict=True)
+        shown = [f"    {name}: {loc:.4g}, sd {sd:.2g}" for name, loc, sd in elements]
+        if len(shown) > _SHOWN:
+            shown = [*shown[:_SHOWN], f"    and {len(shown) - _SHOWN} more"]
+        title = f"Gaussian approximation at the optimum, in unconstrained space: {self.unit_model.sizes()}"
+        return "\n".join([title, *shown])
 
     def to(self, unit_model: UnitModel, dtype: torch.dtype) -> LaplaceGaussian:
         """Return the same Gaussian in another dtype, of the same model run in that."""
@@ -158,13 +172,13 @@ def _for_each(
 
 def is_elementwise(transform: Transform) -> bool:
     """Tell whether each element of the constrained value is a function of one element of the unconstrained one."""
-    transform = _of_one_event(transform)
+    transform = of_one_event(transform)
     return int(transform.domain.event_dim) == 0 and int(transform.codomain.event_dim) == 0
 
 
 def is_exponential(transform: Transform | None) -> bool:
     """Tell whether the unconstrained value is a logarithm: of the constrained one, or of its distance from a bound."""
-    transform = _of_one_event(transform)
+    transform = of_one_event(transform)
     if isinstance(transform, ComposeTransform):
         return any(is_exponential(part) for part in transform.parts)
     return isinstance(transform, ExpTransform)
@@ -172,12 +186,12 @@ def is_exponential(transform: Transform | None) -> bool:
 
 def is_identity(transform: Transform | None) -> bool:
     """Tell whether the unconstrained value is the constrained one."""
-    transform = _of_one_event(transform)
+    transform = of_one_event(transform)
     return isinstance(transform, ComposeTransform) and all(is_identity(part) for part in transform.parts)
 
 
-def _of_one_event(transform: Any) -> Any:
-    """The transform that one for several dimensions repeats."""
+def of_one_event(transform: Any) -> Any:
+    """Return the transform that one for several dimensions repeats."""
     while isinstance(transform, IndependentTransform):
         transform = transform.base_transform
     return transform

@@ -64,6 +64,11 @@ class Problem:
         except RecordingError as error:
             self._do_without(str(error))
 
+    def __repr__(self) -> str:
+        model: Any = self.guide.model
+        name = getattr(model, "__name__", type(model).__name__)
+        return f"Problem({name}, {self.unit_model.sizes()}{', not recorded' if self.not_recorded else ''})"
+
     def _do_without(self, reason: str) -> None:
         """Run the model as it is, since it is not recorded: for many points at once, where it takes them."""
         self.unit_model, self.not_recorded = self.unit_model.live(), reason

@@ -2,6 +2,7 @@
 
 from laplace_amort.model.calls import UnitModels, all_plates
 from laplace_amort.model.fingerprint import Fingerprint
+from laplace_amort.model.functions import GlobalFunctions, find_functions
 from laplace_amort.model.handlers import SubsampledPlate
 from laplace_amort.model.layout import UnitLayout, find_layout
 from laplace_amort.model.log_joint import LogJoint
@@ -14,6 +15,7 @@ from laplace_amort.model.unit_model import UnitModel
 
 __all__ = [
     "Fingerprint",
+    "GlobalFunctions",
     "LogJoint",
     "ObservedSite",
     "SubsampledPlate",
@@ -21,6 +23,7 @@ __all__ = [
     "UnitModel",
     "UnitModels",
     "all_plates",
+    "find_functions",
     "find_layout",
     "observed_sites",
     "plates_of",

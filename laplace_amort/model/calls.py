@@ -53,7 +53,13 @@ class UnitModels:
 
     def _find(self, args: tuple[Any, ...], kwargs: dict[str, Any], indices: Mapping[str, Tensor]) -> LogJoint:
         signature = _signature((args, kwargs, indices))
-        if self._density is None or self._density.subsampled_plates or signature != self._signature:
+        if (
+            self._density is None
+            or self._density.subsampled_plates
+            or self._density.imputed
+            or self._density.kept
+            or signature != self._signature
+        ):
             density = LogJoint.at_indices(indices, self.model, *args, **kwargs)
             self._density, self._signature = density.given(), signature
             self._has_bounds = any(site.bounds for site in density.sites.values())

@@ -2,7 +2,7 @@ r"""Densities that torch and Pyro write with a kink or a jump where there is non
 
 A zero-mean prior starts at logits of exactly zero. There autograd takes the slope of an absolute value for zero: the
 Binomial of torch has no curvature. The values were right (of ``VonMises`` to seven digits), and are the same here;
-derivatives are right to any order. ``tests/model/test_densities.py`` looks at all distributions, at such points.
+derivatives are right to any order. Those that leave out what is NaN are written without a branch. ``tests/model/test_densities.py`` looks at all distributions, at such points.
 """
 
 from __future__ import annotations
@@ -120,6 +120,29 @@ def _generalized_pareto(fn: Any, value: Tensor) -> Tensor:
     return -torch.as_tensor(fn.scale).log() - torch.where(near, z * _polynomial(_LOG1P_OF, x) + torch.log1p(x), far)
 
 
+def _nan_masked_normal(fn: Any, value: Tensor) -> Tensor:
+    """Pyro picks what is finite out and writes the densities of these in place."""
+    seen = value.isfinite()
+    densities = torch.distributions.Normal.log_prob(fn, torch.where(seen, value, 0.0))
+    return torch.where(seen, densities, 0.0)
+
+
+def _nan_masked_multivariate_normal(fn: Any, value: Tensor) -> Tensor:
+    """Pyro takes each pattern of what is finite by itself.
+
+    What is not gets a residual of zero and rows of the identity in the covariance, and so adds nothing to the quadratic
+    form, nothing to the log determinant.
+    """
+    seen = value.isfinite()
+    residual = torch.where(seen, value - fn.loc, 0.0)
+    both = seen.unsqueeze(-1) & seen.unsqueeze(-2)
+    identity = torch.eye(value.shape[-1], dtype=fn.loc.dtype, device=value.device)
+    scale_tril = torch.linalg.cholesky(torch.where(both, fn.covariance_matrix, identity))
+    whitened = torch.linalg.solve_triangular(scale_tril, residual.unsqueeze(-1), upper=False).squeeze(-1)
+    log_det = scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    return -0.5 * ((whitened**2).sum(-1) + seen.sum(-1) * math.log(2 * math.pi)) - log_det
+
+
 # --------------------------------------------------------------------------------------------------------- functions
 
 _LOG1P_OF = [(-1) ** n / (n + 1) for n in range(18)]  # log(1 + x) / x
@@ -158,6 +181,8 @@ _SMOOTH: dict[Any, _Density] = {
     torch.distributions.ContinuousBernoulli.log_prob: _continuous_bernoulli,
     torch.distributions.VonMises.log_prob: _von_mises,
     pyro.distributions.VonMises3D.log_prob: _von_mises_3d,
+    pyro.distributions.NanMaskedNormal.log_prob: _nan_masked_normal,
+    pyro.distributions.NanMaskedMultivariateNormal.log_prob: _nan_masked_multivariate_normal,
 }
 if hasattr(torch.distributions, "GeneralizedPareto"):  # since torch 2.8
     _SMOOTH[torch.distributions.GeneralizedPareto.log_prob] = _generalized_pareto

@@ -9,13 +9,16 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import pyro.distributions as dist
 import torch
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _DIM_ALLOCATOR
+from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from laplace_amort.errors import ModelError
+from laplace_amort.model.imputed import standard_normal_where_seen
 from laplace_amort.model.sites import (
     IDENTITY,
     LatentSite,
@@ -24,12 +27,14 @@ from laplace_amort.model.sites import (
     log_abs_det,
     plates_of,
     transform_of,
+    undressed,
 )
 
 __all__ = [
     "Feed",
     "Indices",
     "SubsampledPlate",
+    "Uncondition",
     "no_open_plates",
     "ran_at",
     "subsampled_plates",
@@ -74,11 +79,20 @@ class Feed(Messenger):
     :param unconstrained: values by site.
     :param sites: those that were found at set-up; a plate of another size now is refused.
 
-    Attribute: ``log_jacobians`` of the sites that are constrained, by name.
+    :param frozenset imputed: names of those that ``obs_mask`` made: what was seen of them is standard normal.
+
+    Attribute: ``log_jacobians`` of the sites that are constrained, by name; of those that are imputed with the density
+    of what was seen.
     """
 
-    def __init__(self, unconstrained: Mapping[str, Tensor], sites: Mapping[str, LatentSite]) -> None:
+    def __init__(
+        self,
+        unconstrained: Mapping[str, Tensor],
+        sites: Mapping[str, LatentSite],
+        imputed: frozenset[str] = frozenset(),
+    ) -> None:
         super().__init__()
+        self.imputed = imputed
         self.unconstrained = unconstrained
         self.sites = sites
         self.log_jacobians: dict[str, Tensor] = {}
@@ -101,6 +115,17 @@ class Feed(Messenger):
         msg["value"] = constrained
         if transform is not IDENTITY:
             self.log_jacobians[name] = log_abs_det(transform, value, constrained, msg["fn"].event_dim)
+        if name in self.imputed:
+            log_jacobian, event_dim = self.log_jacobians.get(name), self.sites[name].event_dim
+            self.log_jacobians[name] = standard_normal_where_seen(log_jacobian, msg, value, event_dim)
+
+
+class Uncondition(UnconditionMessenger):
+    """As ``poutine.uncondition``, but not for functions of latents: Pyro would draw these anew in every plate."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if not isinstance(undressed(msg["fn"]), dist.Delta):
+            super()._pyro_sample(msg)
 
 
 class Indices(Messenger):

@@ -22,17 +22,18 @@ from torch.distributions.transforms import Transform
 
 from laplace_amort.autodiff import Arithmetic
 from laplace_amort.errors import ModelError
-from laplace_amort.model import messages
-from laplace_amort.model.densities import smooth
 from laplace_amort.model.guide_sites import refuse_subsampled, sample_images
-from laplace_amort.model.handlers import Feed, Indices, subsampled_plates
+from laplace_amort.model.handlers import Feed, Indices, Uncondition, subsampled_plates
+from laplace_amort.model.imputed import is_imputed
+from laplace_amort.model.missing import as_missing_as
 from laplace_amort.model.packing import check_names, listed, pack, unpack
-from laplace_amort.model.runs import ModelRuns
+from laplace_amort.model.runs import ModelRuns, evaluate
 from laplace_amort.model.sites import (
     feasible,
     find_sites,
     plates_of,
     refuse_boundary,
+    scaled_sites,
     subsample_scale_of,
     transform_of,
 )
@@ -48,8 +49,10 @@ class LogJoint(ModelRuns):
     subsampled plate, the log-Jacobian is scaled with the plate as the density is; a mask or a ``poutine.scale`` leaves
     it alone, because it changes the density and not the coordinates. Pyro's own automatic guides agree.
 
-    Do not use it for a model with discrete latents: sum them out first. Nor where ``obs_mask`` makes latents of
-    observations: those that were observed have no density in ``name_unobserved``, and so no curvature.
+    What ``obs_mask`` hides of a site is no latent, unless something else depends on it: its density integrates to one.
+    Values under a mask are not looked at, whatever they are.
+
+    Do not use it for a model with discrete latents: sum them out first.
 
     :param model: a Pyro model, with continuous latents only and the same latent sites in every run.
     :param args: positional arguments of the model.
@@ -95,7 +98,11 @@ class LogJoint(ModelRuns):
     ) -> None:
         super().__init__(model, args, kwargs, indices)
         handler = Indices(self.indices, strict=False)
-        self._first_run = trace = self._run_at_zero(handler)
+        trace = self._run_first(handler)
+        if self._keep_what_matters(trace):
+            trace = self._run_at_zero(handler)
+        self._first_run = trace
+        self.imputed = tuple(name for name, node in trace.nodes.items() if is_imputed(node))
         self.sites = find_sites(trace)
         self.size = sum(site.shape.numel() for site in self.sites.values())
         self.subsampled_plates = subsampled_plates(trace, handler.given)
@@ -123,6 +130,11 @@ class LogJoint(ModelRuns):
         other.arithmetic = arithmetic
         return other.with_supports()
 
+    @property
+    def scaled(self) -> list[str]:
+        """Names of the sites that count with a weight (``poutine.scale``) beside that of a minibatch."""
+        return scaled_sites(self._run_at_zero(Indices(self.indices, strict=True)))
+
     def __repr__(self) -> str:
         return f"LogJoint of {self.size} unconstrained elements: {listed(self.sites)}"
 
@@ -149,14 +161,10 @@ class LogJoint(ModelRuns):
         :return: for each site that has a density, and for each log-Jacobian: the name of the site, the frames of its
             vectorized plates, and a term for each element of its batch shape, scales and masks applied.
         """
-        feed = Feed(unconstrained, self.sites)
+        feed = Feed(unconstrained, self.sites, self.kept)
         with self.arithmetic:
             trace = self._run_whole(feed)
-            for node in trace.nodes.values():
-                if node["type"] == "sample":
-                    node["fn"] = smooth(node["fn"])
-            with messages.explained(lambda error: messages.of_density(error, trace)):
-                trace.compute_log_prob()
+            evaluate(trace)
         nodes = [node for node in trace.nodes.values() if node["type"] == "sample" and "log_prob" in node]
         found = [(node["name"], plates_of(node), node["log_prob"]) for node in nodes]
         for name, log_jacobian in feed.log_jacobians.items():
@@ -174,14 +182,14 @@ class LogJoint(ModelRuns):
         :raises ModelError: if the data are, or are part of, a ``pyro.factor``, which nothing can be drawn from.
         """
         other = copy.copy(self)
-        other.model = poutine.condition(poutine.uncondition(self.model), data=dict(values))
+        other.model = poutine.condition(Uncondition()(self.model), data=dict(values))
         with torch.no_grad(), pyro.validation_enabled(False):
             drawn: Any = other._run(Messenger())
         observed = {name: node for name, node in drawn.nodes.items() if node.get("infer", {}).get("was_observed")}
         for name, node in observed.items():
             if isinstance(node["fn"], dist.Unit):
                 raise ModelError(f"site '{name}' is a pyro.factor, which no data can be drawn from")
-        return {name: node["value"] for name, node in observed.items()}
+        return {name: as_missing_as(node["infer"]["obs"], node) for name, node in observed.items()}
 
     def simulated(self, values: Mapping[str, Tensor]) -> LogJoint:
         """Return the log joint of the same model for data that are drawn from it; see :meth:`draw_data`."""
@@ -190,7 +198,7 @@ class LogJoint(ModelRuns):
     def with_data(self, data: Mapping[str, Tensor]) -> LogJoint:
         """Return the log joint of the same model for other values of its observed sites."""
         other = copy.copy(self)
-        other.model = poutine.condition(poutine.uncondition(self.model), data=dict(data))
+        other.model = poutine.condition(Uncondition()(self.model), data=dict(data))
         return other
 
     def pack(self, values: Mapping[str, Tensor]) -> Tensor:
@@ -251,6 +259,11 @@ class LogJoint(ModelRuns):
         """Return a trace of the model at the start that :meth:`initial` gives."""
         return self._run_whole(InitMessenger(feasible(init_loc_fn)))
 
+    def trace_at(self, unconstrained: Mapping[str, Tensor]) -> Any:
+        """Return a trace of the model at unconstrained values of every site."""
+        with self.arithmetic:
+            return self._run_whole(Feed(unconstrained, self.sites))
+
     def log_jacobian(self, packed: Tensor) -> Tensor:
         r"""Return :math:`\log|\partial x/\partial u|` at a packed ``(D,)``, a scalar; without subsampling factors."""
         unconstrained, total = self.unpack(packed), packed.new_zeros(())
@@ -298,7 +311,7 @@ class LogJoint(ModelRuns):
         :return: constrained values per site.
         """
         at = Feed(unconstrained, self.sites)
-        nodes = self._run_whole(at).nodes if any(site.weighted for site in self.sites.values()) else {}
+        nodes = self._run_whole(at).nodes if self.imputed or any(site.weighted for site in self.sites.values()) else {}
         return sample_images(self.sites, self._transforms(at), unconstrained, plates, nodes)
 
     def _transforms(self, at: Messenger) -> dict[str, Transform]:

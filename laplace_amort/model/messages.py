@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from pyro.distributions.torch_distribution import MaskedDistribution
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from laplace_amort.errors import LaplaceAmortError, ModelError, RecordingError
-from laplace_amort.model.sites import is_fixed, layers_of, undressed
+from laplace_amort.model.arguments import named
+from laplace_amort.model.imputed import is_imputed
 
-__all__ = ["explained", "observed", "of_density", "of_run", "refuse_impossible_data"]
+__all__ = ["explained", "observed", "of_density", "of_run"]
 
 # How torch says that an operation got tensors of two dtypes.
 _DTYPES = re.compile(r"\bdtype|scalar type|can't be cast|bool tensor", re.IGNORECASE)
@@ -57,9 +56,9 @@ def of_run(
     if isinstance(error, IndexError | TypeError):
         return _of_lookup(error, line, trace)
     if parameter := _PARAMETER.search(line):
-        return _of_parameter(parameter, trace, _arguments(model, args, kwargs)) if "nan" in str(error) else None
+        return _of_parameter(parameter, trace, named(model, args, kwargs)) if "nan" in str(error) else None
     if mismatch := _OUTSIDE.search(line):
-        return _of_size(mismatch, trace, _arguments(model, args, kwargs))
+        return _of_size(mismatch, trace, named(model, args, kwargs))
     if isinstance(error, RuntimeError) and _DTYPES.search(line):
         after = _after(trace, with_dtype=True)
         return ModelError(
@@ -70,14 +69,6 @@ def of_run(
             "    torch.set_default_dtype(torch.float64)"
         )
     return None
-
-
-def _arguments(model: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a call by the names that the model has for them, and by number where it has none."""
-    try:
-        return dict(inspect.signature(model).bind(*args, **kwargs).arguments)
-    except (TypeError, ValueError):
-        return {**{f"number {i}": value for i, value in enumerate(args)}, **kwargs}
 
 
 def _of_size(mismatch: re.Match[str], trace: Any, arguments: Mapping[str, Any]) -> ModelError:
@@ -132,70 +123,10 @@ def _of_parameter(parameter: re.Match[str], trace: Any, arguments: Mapping[str, 
     return ModelError(f"{said}. Are values missing in the data? This says where:\n    data.isnan().nonzero()")
 
 
-def refuse_impossible_data(trace: Any) -> None:
-    """Refuse data that no value of the latents makes possible, before a fit searches for one.
-
-    A distribution without validation (``validate_args=False``) takes what it is given, except NaN.
-
-    :param trace: of a run of the model, with supports that may depend on latents; these are left alone.
-    :raises ModelError: naming site, index and value.
-    """
-    for node in observed(trace):
-        name, value, fn = node["name"], node["value"], node["fn"]
-        if not isinstance(value, Tensor):
-            if hasattr(value, "__array__"):
-                raise ModelError(
-                    f"observed site '{name}' has data that are no tensor, but {type(value).__name__}. Make one:\n"
-                    f"    pyro.sample('{name}', ..., obs=torch.as_tensor(data, dtype=torch.get_default_dtype()))"
-                )
-            continue
-        allowed = _allowed(fn, value)
-        if node["mask"] is not None and isinstance(allowed, Tensor):
-            masked = torch.as_tensor(node["mask"], device=value.device)
-            allowed = allowed | ~masked.reshape(masked.shape + (1,) * fn.event_dim)
-        if not allowed.all():
-            raise _impossible(name, fn, value, allowed.broadcast_to(value.shape))
-
-
 def observed(trace: Any) -> list[Any]:
     """Return the nodes of the observed sites of a trace."""
     nodes = [node for node in trace.nodes.values() if node["type"] == "sample" and node["is_observed"]]
-    return [node for node in nodes if not site_is_subsample(node)]
-
-
-def _allowed(fn: Any, value: Tensor) -> Tensor:
-    """Whether each element is possible."""
-    finite = ~value.isnan()
-    *wrappers, fn = layers_of(fn)
-    if any(isinstance(wrapper, MaskedDistribution) for wrapper in wrappers):
-        return torch.ones_like(finite)
-    validates = getattr(fn, "_validate_args", False)
-    # Bounds of integers are data, of real numbers they may be latents.
-    fixed = getattr(fn, "support", None) if validates and not fn.event_dim else None
-    if fixed is not None and (fixed.is_discrete or is_fixed(fixed)):
-        return finite & fixed.check(value)
-    return finite
-
-
-def _impossible(name: str, fn: Any, value: Tensor, allowed: Tensor) -> ModelError:
-    kind = type(undressed(fn)).__name__
-    index = (~allowed).nonzero()[0].tolist()
-    first = value[tuple(index)]
-    said = (
-        f"observed site '{name}' ({kind}) has {int((~allowed).sum())} of {value.numel()} values that are impossible, "
-        f"the first {first.item():.6g} at index {index}"
-    )
-    if first.isnan():
-        return ModelError(
-            f"{said}. Leave these observations out, with their covariates, or mask them:\n"
-            f"    pyro.sample('{name}', dist...mask(~data.isnan()), obs=data.nan_to_num())"
-        )
-    if kind in ("Bernoulli", "Categorical") and value.min() == 1:
-        return ModelError(f"{said}. Labels begin with 0:\n    pyro.sample('{name}', ..., obs=data - 1)")
-    return ModelError(
-        f"{said}: the support is {fn.support}. If the data are right, take another distribution, or one that does not "
-        f"check:\n    pyro.sample('{name}', dist.{kind}(..., validate_args=False), obs=data)"
-    )
+    return [node for node in nodes if not site_is_subsample(node) and not is_imputed(node)]
 
 
 def _after(trace: Any, with_dtype: bool = False) -> str:

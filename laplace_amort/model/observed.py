@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 
 import pyro.distributions as dist
 import torch
-from pyro.poutine.uncondition_messenger import UnconditionMessenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from laplace_amort.autodiff import AsWritten
+from laplace_amort.model.handlers import Uncondition
+from laplace_amort.model.imputed import is_imputed
 from laplace_amort.model.sites import init_to_zero, plates_of, undressed
 from laplace_amort.model.unit_model import UnitModel
 
@@ -46,7 +47,7 @@ def observed_sites(model: UnitModel) -> dict[str, ObservedSite]:
     with torch.random.fork_rng(devices=[]):  # it must not change the draws of a prediction
         trace = density.prototype(init_to_zero)
     for name, node in trace.nodes.items():
-        if node["type"] != "sample" or not node["is_observed"] or site_is_subsample(node):
+        if node["type"] != "sample" or not node["is_observed"] or site_is_subsample(node) or is_imputed(node):
             continue
         fn, value = node["fn"], torch.as_tensor(node["value"])
         kind = undressed(fn)
@@ -62,13 +63,5 @@ def observed_sites(model: UnitModel) -> dict[str, ObservedSite]:
 
 def with_data_drawn(model: Callable[..., Any]) -> Callable[..., Any]:
     """Return a model whose observations are drawn."""
-    drawn: Callable[..., Any] = _Uncondition()(model)
+    drawn: Callable[..., Any] = Uncondition()(model)
     return drawn
-
-
-class _Uncondition(UnconditionMessenger):
-    """As ``poutine.uncondition``, but not for functions of latents: Pyro would draw these anew in every plate."""
-
-    def _pyro_sample(self, msg: Any) -> None:
-        if not isinstance(undressed(msg["fn"]), dist.Delta):
-            super()._pyro_sample(msg)

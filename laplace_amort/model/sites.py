@@ -36,6 +36,7 @@ __all__ = [
     "log_abs_det",
     "plates_of",
     "refuse_boundary",
+    "scaled_sites",
     "subsample_scale_of",
     "transform_of",
     "undressed",
@@ -159,6 +160,20 @@ def find_sites(trace: Any) -> dict[str, LatentSite]:
     if not sites:
         raise ModelError("the model has no latent sample site: every one is observed, so there is nothing to infer")
     return sites
+
+
+def scaled_sites(trace: Any) -> list[str]:
+    """Return the sites whose density has a weight (``poutine.scale``) that is not that of a minibatch.
+
+    :param trace: of the model.
+    """
+    return [
+        name
+        for name, node in trace.nodes.items()
+        if node["type"] == "sample"
+        and not site_is_subsample(node)
+        and bool((torch.as_tensor(node["scale"]) != subsample_scale_of(plates_of(node))).any())
+    ]
 
 
 def _refuse_unless_continuous(node: Any) -> None:

@@ -56,6 +56,16 @@ class UnitModel:
         self._recorded_terms: Callable[[Tensor, Tensor], list[Terms]] | None = None
         self.points: ManyPoints | None = None  # how it takes many of them at once; None if it does not
 
+    def __repr__(self) -> str:
+        return f"UnitModel({self.sizes()})"
+
+    def sizes(self) -> str:
+        """Say how many globals and units there are."""
+        d, units = self.layout.global_dim, self.layout.num_units
+        whole = int(self.layout.frame.full_size)
+        number = f"{units} of {whole}" if whole != units else f"{units}"
+        return f"{d} global{'s' if d != 1 else ''}, {number} unit{'s' if whole != 1 else ''}"
+
     def at_once(self, global_: Tensor, local: Tensor) -> UnitModel:
         """Return the same model, run for many points at once where many are asked for.
 

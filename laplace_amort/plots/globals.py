@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -141,14 +140,9 @@ def pairs_figure(result: Any, names: Sequence[str] | None = None, space: Space =
     return figure
 
 
-def _is_gaussian(posterior: Posterior) -> bool:
-    """Say whether the globals are those of the Gaussian itself, as of an ELBO."""
-    return math.isnan(posterior.log_evidence)
-
-
 def _lines_of(posterior: Posterior) -> dict[str, dict[str, Any]]:
-    gaussian = {"Gaussian": _GAUSSIAN_LINE}
-    return gaussian if _is_gaussian(posterior) else {"posterior": _POSTERIOR_LINE, **gaussian}
+    gaussian = {"Gaussian approximation at the optimum": _GAUSSIAN_LINE}
+    return gaussian if posterior.is_gaussian else {"posterior": _POSTERIOR_LINE, **gaussian}
 
 
 def _references(reference: Any, posterior: Posterior, found: list[Column]) -> dict[str, Any]:
@@ -202,7 +196,7 @@ def _draw_marginal(axes: Any, posterior: Posterior, column: Column, known: Any) 
 def _draw_density(axes: Any, posterior: Posterior, column: Column) -> list[tuple[Vector, str]]:
     """Draw the posterior and the Gaussian of one column; return the quantiles of both with their colors."""
     intervals, ends, tops = [], [], []
-    is_gaussian = _is_gaussian(posterior) and column.coordinate is not None
+    is_gaussian = posterior.is_gaussian and column.coordinate is not None
     if not is_gaussian:
         points, values = density(column)
         axes.plot(points, values, **_POSTERIOR_LINE)
@@ -256,7 +250,7 @@ def _pairs_legend(figure: Any, posterior: Posterior, d: int) -> None:
         dots = {"color": MARGINAL, "marker": "o", "linestyle": "none", "markersize": 3, "alpha": 0.6}
         entries = {"draw, area its weight": line([], [], **dots)}
         entries |= {
-            f"Gaussian, {100 * mass:g} %": line([], [], color=JOINT, linestyle=style, linewidth=1.2)
+            f"Gaussian approximation, {100 * mass:g} %": line([], [], color=JOINT, linestyle=style, linewidth=1.2)
             for mass, style in _LEVELS.items()
         }
     legend = figure.legend(entries.values(), entries.keys(), loc="upper right", frameon=False)

@@ -1,5 +1,6 @@
 """What one has after a fit: draws, moments, predictions, tables and files."""
 
+from laplace_amort.posterior import markup
 from laplace_amort.posterior.draws import gaussian_sample
 from laplace_amort.posterior.importance import ImportanceSample
 from laplace_amort.posterior.likelihood import ConditionalLikelihood, MarginalLikelihood
@@ -9,15 +10,17 @@ from laplace_amort.posterior.predictive import ConditionedUnits, NewUnits, SeenU
 from laplace_amort.posterior.proposals import matched_normal
 from laplace_amort.posterior.psis import K_GOOD, pareto_smoothed
 from laplace_amort.posterior.quantiles import weighted_quantiles
-from laplace_amort.posterior.stored import Absent, PosteriorNumbers, StoredPosterior, numbers_of_posterior
-from laplace_amort.posterior.tables import globals_table, records_frame
+from laplace_amort.posterior.stored import Absent, PosteriorNumbers, StoredPosterior, StoredRows, numbers_of_posterior
+from laplace_amort.posterior.tables import PROBABILITIES, GlobalsTable, records_frame
 from laplace_amort.posterior.unit_draws import LinearUnits, NestedUnits, WeightedUnits
 
 __all__ = [
     "K_GOOD",
+    "PROBABILITIES",
     "Absent",
     "ConditionalLikelihood",
     "ConditionedUnits",
+    "GlobalsTable",
     "ImportanceSample",
     "LinearUnits",
     "MarginalLikelihood",
@@ -27,12 +30,13 @@ __all__ = [
     "PosteriorNumbers",
     "SeenUnits",
     "StoredPosterior",
+    "StoredRows",
     "Units",
     "WeightedUnits",
     "gaussian_sample",
-    "globals_table",
     "log_densities",
     "marginal_sample",
+    "markup",
     "matched_normal",
     "numbers_of_posterior",
     "pareto_smoothed",

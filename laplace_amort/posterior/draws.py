@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Self
@@ -20,7 +19,7 @@ from laplace_amort.posterior.known import distinct_rows
 from laplace_amort.posterior.marginal import marginal_sample
 from laplace_amort.posterior.quantiles import check_probabilities, quantiles_of_draws
 from laplace_amort.posterior.unit_draws import NestedUnits, UnitPosterior
-from laplace_amort.types import to_numpy
+from laplace_amort.types import Vector, to_numpy
 
 __all__ = ["DRAWS", "PosteriorDraws", "gaussian_sample"]
 
@@ -154,6 +153,19 @@ class PosteriorDraws:
         loc = self.gaussian.global_loc
         return torch.from_numpy(self.globals_.draws).to(loc), torch.from_numpy(self.globals_.weights).to(loc)
 
+    def some_globals(self, number: int) -> tuple[Tensor, Vector]:
+        """Return so many draws of the globals at most, ``(S, d)``, and their weights, ``(S,)``."""
+        globals_, _ = self.weighted_globals()
+        if len(globals_) <= number:
+            return globals_, self.globals_.weights
+        some = self._resampled(number, torch.Generator().manual_seed(self.seed))
+        return some, numpy.full(number, 1 / number)
+
+    @property
+    def is_gaussian(self) -> bool:
+        """Whether the globals are those of the Gaussian itself, as of an ELBO."""
+        return math.isnan(self.log_evidence)
+
     def _drawn(self, num_samples: int, seed: int | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Draws of globals and units with the places of these draws, those of the same globals together."""
         generator = torch.Generator().manual_seed(self.seed if seed is None else seed)
@@ -214,16 +226,18 @@ class PosteriorDraws:
     def moments(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Means and standard deviations by site, in double precision."""
         center = self.gaussian.median()
-        moments = {name: (torch.zeros_like(value), torch.zeros_like(value)) for name, value in center.items()}
-        for weights, values in itertools.chain([self._constrained_globals()], self._constrained_units()):
-            for name, value in values.items():
-                deviation = value - center[name]  # so that squares of small spreads have digits left
-                weighted = weights[name].reshape(weights[name].shape + (1,) * (value.dim() - weights[name].dim()))
-                moments[name][0].add_((weighted * deviation).sum(0))
-                moments[name][1].add_((weighted * deviation**2).sum(0))
-        mean = {name: center[name] + first for name, (first, _) in moments.items()}
-        std = {name: (second - first**2).clamp(min=0).sqrt() for name, (first, second) in moments.items()}
-        return mean, std
+        local = {name: center[name] for name in self.gaussian.unit_model.layout.local_sites}
+        of_globals, of_units = self.global_moments, _moments(local, self._constrained_units())
+        mean, std = ({**of_globals[part], **of_units[part]} for part in range(2))
+        return {name: mean[name] for name in center}, {name: std[name] for name in center}
+
+    @cached_property
+    @torch.no_grad()
+    def global_moments(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The same of the global sites alone, which takes no look at the units."""
+        weights, values = self._constrained_globals()
+        center = self.gaussian.constrained_globals(self.gaussian.global_loc[None])
+        return _moments({name: value[0] for name, value in center.items()}, [(weights, values)])
 
     def _constrained_globals(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Weights and constrained values ``(S, ...)`` of the global sites."""
@@ -247,6 +261,25 @@ class PosteriorDraws:
         """Shares ``(L, N)`` in a shape that broadcasts against a value ``(L, *shape)`` of a local site."""
         axis = 1 + self.unit_axis(name)
         return shares.reshape(len(shares), *(1,) * (axis - 1), -1, *(1,) * (value.dim() - axis - 1))
+
+
+def _moments(
+    center: Mapping[str, Tensor], parts: Iterable[tuple[Mapping[str, Tensor], Mapping[str, Tensor]]]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return means and standard deviations by site.
+
+    :param center: values near the means, so that squares of small spreads have digits left.
+    :param parts: weights and values of some draws at a time, with the draws first.
+    """
+    moments = {name: (torch.zeros_like(value), torch.zeros_like(value)) for name, value in center.items()}
+    for weights, values in parts:
+        for name, value in values.items():
+            deviation = value - center[name]
+            weighted = weights[name].reshape(weights[name].shape + (1,) * (value.dim() - weights[name].dim()))
+            moments[name][0].add_((weighted * deviation).sum(0))
+            moments[name][1].add_((weighted * deviation**2).sum(0))
+    mean = {name: center[name] + first for name, (first, _) in moments.items()}
+    return mean, {name: (second - first**2).clamp(min=0).sqrt() for name, (first, second) in moments.items()}
 
 
 def gaussian_sample(gaussian: LaplaceGaussian, seed: int, num_draws: int = 1024) -> ImportanceSample:

@@ -66,6 +66,11 @@ class ImportanceSample:
     sets: Any = field(default=None, repr=False, compare=False)
     known: float = field(default=0.0, repr=False, compare=False)
 
+    def __repr__(self) -> str:
+        number, d = self.draws.shape
+        weighted = f", k-hat {self.k_hat:.2g}" if self.k_hat > -math.inf else ""
+        return f"ImportanceSample({number} draws in {d} dimensions, effective {self.effective:.0f}{weighted})"
+
     @property
     def weights(self) -> Vector:
         """The weights, ``(S,)``."""

@@ -5,23 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Self
 
 from pyro.infer import Predictive
 
+from laplace_amort.posterior import markup
 from laplace_amort.posterior.draws import DRAWS, PosteriorDraws
 from laplace_amort.posterior.export import as_datatree, export
 from laplace_amort.posterior.likelihood import LogLikelihood, MarginalLikelihood
 from laplace_amort.posterior.new_units import posterior_for
 from laplace_amort.posterior.predictive import SeenUnits, Units, predictive
 from laplace_amort.posterior.psis import K_GOOD
-from laplace_amort.posterior.quantiles import check_probabilities, weighted_quantiles
+from laplace_amort.posterior.quantiles import check_probabilities
+from laplace_amort.posterior.rows import Rows, rows_of
 from laplace_amort.posterior.tables import (
     PROBABILITIES,
+    GlobalsTable,
     SiteSummary,
     draws_frame,
-    globals_frame,
-    globals_text,
     units_frame,
 )
 from laplace_amort.types import to_numpy
@@ -68,11 +70,13 @@ class Posterior(PosteriorDraws):
     def to_frame(self, quantiles: Sequence[float] = PROBABILITIES) -> Any:
         """Return mean, standard deviation and quantiles of the globals, a row for each element such as ``beta[2]``.
 
+        The rows are those of :meth:`table`.
+
         :param quantiles: between 0 and 1.
         :return: a ``pandas.DataFrame``.
         :raises ImportError: if pandas is not installed.
         """
-        return globals_frame(self.global_summaries(quantiles), quantiles)
+        return self.table(quantiles).to_frame()
 
     def units_to_frame(self, quantiles: Sequence[float] = PROBABILITIES, num_samples: int = DRAWS) -> Any:
         """Return mean, standard deviation and quantiles of the units, a row for each of their elements.
@@ -100,17 +104,45 @@ class Posterior(PosteriorDraws):
         """
         return draws_frame(self.sample(num_samples, seed))
 
+    def table(self, quantiles: Sequence[float] = PROBABILITIES) -> GlobalsTable:
+        """Return mean, standard deviation and quantiles of the globals; ``print`` it.
+
+        Every element of a global site has a row, constants left out; a Cholesky factor ``L`` of correlations has
+        ``corr(L)[1, 0]`` instead. Deterministic sites of the model follow, of up to 64 elements, where they depend on
+        globals alone; those of units are in what :meth:`predictive` returns, as ``result.predictive()()["site"]``.
+        :meth:`mean`, :meth:`sample` and their kin have latent sites only. Do not take numbers for moments that exist:
+        :meth:`FitResult.table` leaves out those that do not.
+
+        :param quantiles: between 0 and 1.
+        :raises ValueError: if one is not.
+        """
+        check_probabilities(quantiles)
+        rows, notes = self._rows
+        title = "Gaussian approximation at the optimum" if self.is_gaussian else ""
+        return GlobalsTable(tuple(rows), tuple(map(float, quantiles)), tuple(notes), title)
+
     def summary(self) -> str:
-        """Return a table of mean, standard deviation and quantiles of the globals."""
-        return globals_text(self.global_summaries(PROBABILITIES))
+        """Return the table of the globals as text."""
+        return str(self.table())
 
     def __str__(self) -> str:
+        return f"{self.how()}\n\n{self.summary()}"
+
+    def __repr__(self) -> str:
+        weighted = f", k-hat {self.k_hat:.2g}" if self.k_hat > -math.inf else ""
+        return f"Posterior({self.gaussian.unit_model.sizes()}, {len(self.globals_.draws)} draws{weighted})"
+
+    def _repr_html_(self) -> str:
+        return markup.division([self.table()._repr_html_(), markup.paragraph(self.how(), "how")], "laplace-amort")
+
+    def how(self) -> str:
+        """Say how well the globals are known, in one line: k-hat, draws, and what these are as good as."""
         found = self.globals_
         reliable = "" if found.k_hat <= K_GOOD else f": above {K_GOOD}, do not rely on it"
         weighted = f"k-hat of the globals {found.k_hat:.2f}{reliable}; " if found.k_hat > -math.inf else ""
         return (
             f"{weighted}{len(found.draws)} draws of the globals, as good as {found.effective:.0f} equal ones; error of "
-            f"their moments {found.error:.2g}{f'; {found.note}' if found.note else ''}\n\n{self.summary()}"
+            f"their moments {found.error:.2g}{f'; {found.note}' if found.note else ''}"
         )
 
     def predictive(
@@ -211,18 +243,6 @@ class Posterior(PosteriorDraws):
         )
         return as_datatree(groups)
 
-    def global_summaries(self, probabilities: Sequence[float]) -> list[SiteSummary]:
-        """Return mean, standard deviation and quantiles of each global site.
-
-        :param probabilities: of the quantiles.
-        :raises ValueError: if one is not between 0 and 1.
-        """
-        check_probabilities(probabilities)
-        if not self.gaussian.unit_model.layout.global_sites:
-            return []
-        mean, std, (globals_, _) = self.mean(), self.std(), self.weighted_globals()
-        found = []
-        for name, value in self.gaussian.constrained_globals(globals_).items():
-            quantiles = weighted_quantiles(to_numpy(value), self.globals_.weights, probabilities)
-            found.append(SiteSummary(name, to_numpy(mean[name]), to_numpy(std[name]), quantiles))
-        return found
+    @cached_property
+    def _rows(self) -> tuple[list[Rows], list[str]]:
+        return rows_of(self)

@@ -161,7 +161,9 @@ def predictive_of(
     unit_model = posterior.gaussian.unit_model
     names = [name for name in unit_model.density.sites if name not in drawn.values]
     default = default or (unit_model.args, unit_model.kwargs)
-    model = _Unconditioned(posterior.problem.guide.model, default, drawn, unit_model.layout.frame.name)
+    model = _Unconditioned(
+        posterior.problem.guide.model, default, drawn, unit_model.layout.frame.name, unit_model.density.door
+    )
     sites = [*names, *observed_sites(unit_model)]
     return Predictive(model, dict(drawn.values), return_sites=sites, parallel=parallel)
 
@@ -169,14 +171,16 @@ def predictive_of(
 class _Unconditioned:
     """A model whose observations are drawn; called without arguments, at those of the fit."""
 
-    def __init__(self, model: Callable[..., Any], default: tuple[Any, Any], drawn: Drawn, unit_plate: str) -> None:
-        self.default, self.drawn, self.unit_plate = default, drawn, unit_plate
+    def __init__(
+        self, model: Callable[..., Any], default: tuple[Any, Any], drawn: Drawn, unit_plate: str, door: Any
+    ) -> None:
+        self.default, self.drawn, self.unit_plate, self.door = default, drawn, unit_plate, door
         # Pyro runs the model once by itself, to see its sites. A draw of the posterior serves where the prior has none.
         first = {name: value[0] for name, value in drawn.values.items()}
         self.model = poutine.condition(with_data_drawn(model), data=first)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        args, kwargs = (args, kwargs) if args or kwargs else self.default
+        args, kwargs = self.door(args, kwargs) if args or kwargs else self.default
         check = _CheckPlates(self.drawn, self.unit_plate)
         with check:
             returned = self.model(*args, **kwargs)

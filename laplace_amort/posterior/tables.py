@@ -1,4 +1,4 @@
-"""Tables of what is known of sites, as text and as data frames: the same names and columns in both.
+"""Tables of what is known of sites, as text, as HTML and as data frames: the same names and columns in all.
 
 pandas is imported when a frame is made, and not before.
 """
@@ -6,25 +6,23 @@ pandas is imported when a frame is made, and not before.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy
-import scipy.special
 import torch
 from tabulate import tabulate
 from torch import Tensor
 
-from laplace_amort.guide import LaplaceGaussian
-from laplace_amort.types import Vector, element_names, to_numpy
-from laplace_amort.units import sobol_points
+from laplace_amort.posterior import markup
+from laplace_amort.posterior.rows import Rows
+from laplace_amort.types import Vector, element_names
 
 __all__ = [
     "PROBABILITIES",
+    "GlobalsTable",
     "SiteSummary",
     "draws_frame",
-    "globals_frame",
-    "globals_table",
-    "globals_text",
     "records_frame",
     "require_pandas",
     "units_frame",
@@ -32,8 +30,6 @@ __all__ = [
 
 # Of the quantiles in a table, unless others are asked for.
 PROBABILITIES = (0.05, 0.5, 0.95)
-# Draws of a Gaussian for moments in constrained space.
-_DRAWS = 2000
 
 
 def require_pandas() -> Any:
@@ -68,46 +64,101 @@ class SiteSummary(NamedTuple):
         return SiteSummary(self.name, mean, std, numpy.moveaxis(self.quantiles, axis + 1, 1))
 
 
-def _columns(sites: Sequence[SiteSummary], probabilities: Iterable[float]) -> dict[str, Vector]:
-    """Put the elements of all sites one below the other, in columns by name."""
-
-    def joined(parts: Iterable[Vector]) -> Vector:
-        return numpy.concatenate([numpy.zeros(0), *(part.ravel() for part in parts)])
-
-    columns = {"mean": joined(site.mean for site in sites), "sd": joined(site.std for site in sites)}
-    for index, probability in enumerate(probabilities):
-        columns[f"{100 * probability:g}%"] = joined(site.quantiles[index] for site in sites)
-    return columns
+def _columns(site: SiteSummary, probabilities: Iterable[float]) -> dict[str, Vector]:
+    """Put the elements of a site one below the other, in columns by name."""
+    columns = {"mean": site.mean.ravel(), "sd": site.std.ravel()}
+    return columns | {f"{100 * p:g}%": part.ravel() for p, part in zip(probabilities, site.quantiles, strict=True)}
 
 
-def _rows(sites: Iterable[SiteSummary]) -> list[str]:
-    return [label for site in sites for label in element_names(site.name, site.mean.shape)]
+@dataclass(frozen=True)
+class GlobalsTable:
+    """What is known of the globals, a row for each element; ``print(table)`` shows it.
 
+    A mean or standard deviation that does not exist is NaN, and ``-`` where it is shown.
 
-def globals_text(sites: Sequence[SiteSummary], probabilities: Sequence[float] = PROBABILITIES) -> str:
-    """Return one line for each element of each site, named as by :func:`element_names`.
-
-    :param sites: the global sites.
-    :param probabilities: of their quantiles.
+    :param tuple rows: of every site, or function of globals, those that vary.
+    :param tuple probabilities: of their quantiles.
+    :param tuple notes: what is to be said below the table, in sentences.
+    :param str title: above it; empty for none.
     """
-    if not sites:
-        return "there are no globals"
-    columns = {"global": _rows(sites)}
-    columns |= {name.replace("%", " %"): column.tolist() for name, column in _columns(sites, probabilities).items()}
-    return tabulate(columns, headers="keys", floatfmt=".4g")
+
+    rows: tuple[Rows, ...] = field(repr=False)
+    probabilities: tuple[float, ...] = PROBABILITIES
+    notes: tuple[str, ...] = ()
+    title: str = ""
+
+    @property
+    def names(self) -> list[str]:
+        """Name of each row, such as ``B[0, 1]``."""
+        return [name for rows in self.rows for name in rows.names]
+
+    def columns(self) -> dict[str, Vector]:
+        """Return the numbers, ``(n,)`` by column: ``mean``, ``sd`` and the quantiles, such as ``5%``."""
+        columns = {"mean": _joined(rows.mean for rows in self.rows), "sd": _joined(rows.sd for rows in self.rows)}
+        quantiles = [rows.quantiles(self.probabilities) for rows in self.rows]
+        for index, probability in enumerate(self.probabilities):
+            columns[f"{100 * probability:g}%"] = _joined(part[index] for part in quantiles)
+        return columns
+
+    def without_moments(self, have_mean: Mapping[str, bool]) -> GlobalsTable:
+        """Return the same without the moments that do not exist.
+
+        :param have_mean: of elements of the globals without a standard deviation, whether they have a mean. Of
+            functions of them nothing is known, and both are left out.
+        """
+        rows = tuple(_without_moments(rows, have_mean) for rows in self.rows)
+        unknown = [
+            name
+            for part in self.rows
+            for name, depends in zip(part.names, part.depends, strict=True)
+            if name not in have_mean and (depends is None or depends & have_mean.keys())
+        ]
+        if not unknown:
+            return replace(self, rows=rows)
+        verb = "is a function" if len(unknown) == 1 else "are functions"
+        note = f"{', '.join(unknown)} {verb} of {', '.join(have_mean)}, and may have no moments"
+        return replace(self, rows=rows, notes=(*self.notes, note))
+
+    def __str__(self) -> str:
+        title = [self.title] if self.title else []
+        return "\n".join([*title, self._text(), *self.notes])
+
+    def _text(self) -> str:
+        if not self.rows:
+            return "there are no globals"
+        columns: dict[str, Any] = {"global": self.names}
+        for name, column in self.columns().items():
+            columns[name.replace("%", " %")] = [None if numpy.isnan(number) else number for number in column.tolist()]
+        return tabulate(columns, headers="keys", floatfmt=".4g", missingval="-", disable_numparse=[0])
+
+    def _repr_html_(self) -> str:
+        columns = self.columns()
+        cells = [["-" if numpy.isnan(number) else f"{number:.4g}" for number in part] for part in columns.values()]
+        header = ["global", *(name.replace("%", " %") for name in columns)]
+        rows = list(zip(self.names, *cells, strict=True))
+        return "".join([markup.table(header, rows, self.title), *map(markup.paragraph, self.notes)])
+
+    def to_frame(self) -> Any:
+        """Return one row for each element.
+
+        :return: a ``pandas.DataFrame``.
+        :raises ImportError: if pandas is not installed.
+        """
+        pandas = require_pandas()
+        return pandas.DataFrame(self.columns(), index=pandas.Index(self.names, name="global", dtype=object))
 
 
-def globals_frame(sites: Sequence[SiteSummary], probabilities: Sequence[float]) -> Any:
-    """Return one row for each element of each site, named as by :func:`element_names`.
+def _joined(parts: Iterable[Vector]) -> Vector:
+    return numpy.concatenate([numpy.zeros(0), *(part.ravel() for part in parts)])
 
-    :param sites: the global sites.
-    :param probabilities: of their quantiles.
-    :return: a ``pandas.DataFrame``.
-    :raises ImportError: if pandas is not installed.
-    """
-    pandas = require_pandas()
-    index = pandas.Index(_rows(sites), name="global", dtype=object)
-    return pandas.DataFrame(_columns(sites, probabilities), index=index)
+
+def _without_moments(rows: Rows, have_mean: Mapping[str, bool]) -> Rows:
+    mean, sd = rows.mean.copy(), rows.sd.copy()
+    for index, (name, depends) in enumerate(zip(rows.names, rows.depends, strict=True)):
+        if name in have_mean or depends is None or depends & have_mean.keys():
+            sd[index] = numpy.nan
+            mean[index] = mean[index] if have_mean.get(name) else numpy.nan
+    return rows._replace(mean=mean, sd=sd)
 
 
 def units_frame(sites: Iterable[SiteSummary], units: Tensor, probabilities: Sequence[float]) -> Any:
@@ -128,7 +179,7 @@ def units_frame(sites: Iterable[SiteSummary], units: Tensor, probabilities: Sequ
             "unit": units.repeat_interleave(len(elements)).cpu().numpy(),
             "element": elements * len(units),
         }
-        parts.append(pandas.DataFrame(columns | _columns([site], probabilities)))
+        parts.append(pandas.DataFrame(columns | _columns(site, probabilities)))
     return pandas.concat(parts, ignore_index=True)
 
 
@@ -155,23 +206,3 @@ def records_frame(records: Sequence[Mapping[str, Any]], columns: Sequence[str]) 
     :raises ImportError: if pandas is not installed.
     """
     return require_pandas().DataFrame.from_records(list(records), columns=list(columns))
-
-
-def globals_table(gaussian: LaplaceGaussian) -> str:
-    """Return a table of every element of the global sites in constrained space.
-
-    :param LaplaceGaussian gaussian: the posterior.
-    :return: mean, standard deviation and quantiles, from quasi-random draws of the globals: right to two digits or
-        three, and for supports of any kind.
-    """
-    d = len(gaussian.global_loc)
-    if d == 0:
-        return globals_text([])
-    normal = torch.from_numpy(scipy.special.ndtri(sobol_points(_DRAWS, d, seed=0))).to(gaussian.global_loc)
-    values = gaussian.constrained_globals(gaussian.global_loc + normal @ gaussian.precision.global_scale_tril.mT)
-    return globals_text([_summary_of_draws(name, to_numpy(value)) for name, value in values.items()])
-
-
-def _summary_of_draws(name: str, draws: Vector) -> SiteSummary:
-    """Summarize draws ``(S, *shape)`` of the same weight."""
-    return SiteSummary(name, draws.mean(0), draws.std(0, ddof=1), numpy.quantile(draws, PROBABILITIES, axis=0))

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -91,7 +91,7 @@ class UnitIntegrals:
     Do not use it for units whose conditionals have several modes: it knows of the one that is nearest to the start.
     """
 
-    density: SeparableDensity
+    density: SeparableDensity = field(repr=False)
     mode: NewtonMode = NewtonMode()
 
     def loose(self) -> UnitIntegrals:

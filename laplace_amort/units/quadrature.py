@@ -143,9 +143,9 @@ class GaussHermite:
     def finer(self, local_dim: int) -> QuadratureRule:
         """Return nearly twice as many points along each dimension, or where these are too many another rule."""
         num_points = max(3, 2 * self.num_points - 1)
-        if local_dim <= GRID_DIM and num_points**local_dim <= _MOST:
+        if local_dim <= GRID_DIM and num_points <= _ALONG and num_points**local_dim <= _MOST:
             return GaussHermite(num_points)
-        return StudentPoints(min(max(256, self.num_points**local_dim), _MOST))
+        return StudentPoints(min(max(256, num_points, self.num_points**local_dim), _MOST))
 
 
 @dataclass(frozen=True)

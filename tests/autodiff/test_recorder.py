@@ -10,6 +10,7 @@ from pyro.nn import PyroModule, PyroSample
 from torch import nn
 
 from laplace_amort import LogJoint, RecordingError
+from laplace_amort.autodiff import recorder as room
 from laplace_amort.autodiff.recording import record
 
 T = torch.tensor([0.3, -0.7, 0.9, 0.2], dtype=torch.float64)
@@ -31,6 +32,13 @@ def written_rows(t, y):
     table = torch.zeros(7, 2, dtype=t.dtype)
     table[:] = y[ROW]
     return table
+
+
+def written_element(t, y):
+    p = torch.zeros(3, 4, dtype=t.dtype)
+    p[..., 0] = y[:, 0]
+    p[..., -1] = t[0] * y[:, 1]
+    return p
 
 
 def written_columns(t, y):
@@ -123,6 +131,7 @@ IDIOMS = {
     "diag_embed": lambda t, y: y.diag_embed(),
     "outer": lambda t, y: torch.outer(t, t).tril(),
     "a slice that is written": written_slice,
+    "an element that is written": written_element,
     "columns that are written": written_columns,
     "rows that are written": written_rows,
     "a mask that is written": written_mask,
@@ -148,7 +157,7 @@ IDIOMS = {
 @pytest.mark.parametrize("name", IDIOMS)
 @pytest.mark.parametrize("validate", [False, True], ids=["plain", "validated"])
 def test_idiom_is_recorded(name, validate):
-    """Recorded, and checked there by value and gradients at two other points, and mapped over them."""
+    """Recorded, checked there by value and gradients at two other points, and mapped, with the gradients of each."""
 
     def log_joint(t, y):
         return -(IDIOMS[name](t, y) ** 2).sum() - (t**2).sum() - (y**2).sum()
@@ -157,7 +166,47 @@ def test_idiom_is_recorded(name, validate):
         recording = record(log_joint, T, Y)
         moved = T + 0.05, Y - 0.02
         assert recording(*moved).item() == pytest.approx(log_joint(*moved).item(), rel=1e-12)
-    assert torch.func.vmap(recording)(T.expand(3, -1), Y.expand(3, -1, -1)).shape == (3,)
+    assert_maps(recording)
+
+
+def assert_maps(recording):
+    """Many points at once have the values, and the gradients, of each of them."""
+    points = [(T + 0.1 * i, Y - 0.05 * i) for i in range(3)]
+    together = [torch.stack(parts).requires_grad_() for parts in zip(*points, strict=True)]
+    values = torch.func.vmap(recording)(*together)
+    gradients = torch.autograd.grad(values.sum(), together, materialize_grads=True)
+    for i, point in enumerate(points):
+        point = [part.clone().requires_grad_() for part in point]
+        value = recording(*point)
+        torch.testing.assert_close(values[i], value)
+        for many, one in zip(gradients, torch.autograd.grad(value, point, materialize_grads=True), strict=True):
+            torch.testing.assert_close(many[i], one)
+
+
+class MapsWrongly(torch.autograd.Function):
+    """The sine at one point, its half at many at once."""
+
+    @staticmethod
+    def forward(x):
+        return x.sin()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.saved_tensors[0].cos()
+
+    @staticmethod
+    def vmap(info, in_dims, x):
+        return x.sin() / 2, in_dims[0]
+
+
+def test_what_maps_wrongly_is_not_recorded(monkeypatch):
+    monkeypatch.setitem(room._INSTEAD, torch.ops.aten.sin.default, MapsWrongly.apply)
+    with pytest.raises(RecordingError, match="several points at once differs from that at each of them by"):
+        record(lambda t, y: t.sin().sum() + y.sum(), T, Y)
 
 
 # Of each the reason: shapes or branches that follow from the values of latents.

@@ -124,6 +124,21 @@ def test_number_of_points_is_bounded(max_points):
     assert result.notes[-1].endswith("see diagnose(result)")
 
 
+def angles(seen):
+    """On the real line the density of a unit never ends, and no grid settles it."""
+    mu, kappa = pyro.sample("mu", dist.Normal(0.0, 1.0)), pyro.sample("kappa", dist.LogNormal(0.0, 1.0))
+    with pyro.plate("units", len(seen)):
+        phi = pyro.sample("phi", dist.VonMises(mu, kappa))
+        pyro.sample("seen", dist.VonMises(phi, 2.0), obs=seen)
+
+
+def test_past_the_longest_grid_come_points_and_a_note():
+    result = climbed(angles, torch.linspace(-1.5, 2.5, 6, dtype=torch.float64))
+    assert isinstance(result.maximized.rule, StudentPoints)
+    assert "from GaussHermite(num_points=257) to StudentPoints(num_points=513" in "".join(result.notes)
+    assert any("is the last rung, although StudentPoints(num_points=" in note for note in result.notes)
+
+
 def test_notes_have_the_rungs_in_order():
     result = climbed(poisson, COUNTS, objective=Ladder(1e-5))
     rungs = ["Laplace()", *(f"GaussHermite(num_points={n})" for n in (5, 9, 17))]

@@ -336,3 +336,13 @@ def test_many_parameters(num_parameters, method, monkeypatch):
     assert maximum.status is FitStatus.CONVERGED
     assert numpy.linalg.norm(maximum.point - center) <= QuasiNewton().tolerance
     assert len(counted.points) <= 60
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_a_step_where_every_direction_curves_upwards_alike_is_as_long_as_the_region(seed):
+    generator = numpy.random.default_rng(seed)
+    size = 1 + seed % 3
+    at = Evaluation(0.0, generator.standard_normal(size) * 10.0 ** generator.integers(-3, 4), -numpy.eye(size))
+    radius = 10.0 ** generator.uniform(-3, 3)
+    step = optimizers._Quadratic.of(at).step_within(radius)  # the ends of the search may be one number apart
+    assert numpy.linalg.norm(step) == pytest.approx(radius, rel=1e-5)

@@ -36,6 +36,7 @@ CONTENT = {
         torch.ones(2, dtype=torch.float32),
     ],
     "bytes": torch.arange(5, dtype=torch.uint8),
+    "set": frozenset({"b", "a"}),
     "flags": numpy.array([[True], [False]]),
     "scalar": numpy.float64(2.5),
 }

@@ -92,7 +92,7 @@ def test_a_thousand_particles(elbo, vectorize):
 def naive_sample_sites(log_joint, packed):
     """Split the draw without a thought for leading dimensions."""
     for name, site in log_joint.sites.items():
-        with laplace_amort.model.guide_sites.site_plates(site, {}):
+        with laplace_amort.model.guide_sites.site_plates(site.plates, {}):
             pyro.sample(name, dist.Delta(packed[..., site.slice].reshape(packed.shape[:-1] + site.shape)))
 
 

@@ -251,6 +251,9 @@ def test_a_finer_rule_has_more_points(rule, local_dim):
         (GaussHermite(6), 3, StudentPoints(256)),  # a grid of 11 to the third is too large
         (GaussHermite(31), 2, StudentPoints(961)),
         (GaussHermite(3), 4, StudentPoints(256)),
+        (GaussHermite(129), 1, GaussHermite(257)),
+        (GaussHermite(257), 1, StudentPoints(513)),  # the weights of a longer grid underflow
+        (GaussHermite(200), 1, StudentPoints(399)),
         (StudentPoints(5, 3.0, 7), 2, StudentPoints(20, 3.0, 8)),
     ],
 )
