@@ -32,6 +32,7 @@ from laplace_amort import (
     ResumeError,
     Stochastic,
     TrustRegion,
+    Verdict,
     diagnose,
     fit,
 )
@@ -71,6 +72,15 @@ def matrices(z):
             pyro.sample("z", dist.Normal(mean, 0.5), obs=z)
 
 
+def without_moments(z):
+    tau = pyro.sample("tau", dist.HalfCauchy(1.0))
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    pyro.deterministic("twice", 2 * tau)
+    with pyro.plate("units", len(z)):
+        y = pyro.sample("y", dist.Normal(mu, 1.0))
+        pyro.sample("z", dist.Normal(y, 1.0), obs=z)
+
+
 def with_parameter(z):
     scale = pyro.param("scale", torch.tensor(1.3), constraint=constraints.positive)
     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
@@ -87,6 +97,7 @@ FITS = {
     "nested": (poisson, (Z,), {"objective": NestedELBO(num_draws=4)}),
     "no globals": (no_globals, (Z[0],), {}),
     "shapes": (matrices, (torch.linspace(-1.0, 2.0, 12).double().reshape(4, 3),), {"check": False}),
+    "no moments": (without_moments, (Z[0],), {}),
     "parameter": (with_parameter, (Z[0],), {}),
     "minibatches": (subsampled, (Z[0], 5), {"objective": Stochastic(window=20, max_steps=80, lr=0.2)}),
     "no recording": (lambda z: conjugate(z.clone() if bool(z[0] > 0) else z), (Z[0],), {}),
@@ -186,6 +197,17 @@ def test_going_on_from_a_fit_that_is_done_evaluates_nothing(name, path, monkeypa
         assert found.status is result.status
         assert found.history == result.history
         assert torch.allclose(found.guide.loc, result.guide.loc, rtol=1e-6, atol=1e-8)
+
+
+def test_moments_that_do_not_exist_are_left_out(path):
+    result, *_ = fitted("no moments")
+    assert any(reason.verdict is Verdict.NO_MOMENTS for reason in result.judgement.reasons)
+    result.save(path)
+    table = FitResult.load(path).table()
+    columns = dict(zip(table.names, table.columns()["sd"], strict=True))
+    assert numpy.isnan(columns["tau"])
+    assert numpy.isnan(columns["twice"])
+    assert not numpy.isnan(columns["mu"])
 
 
 def test_another_process_without_the_model(path):
