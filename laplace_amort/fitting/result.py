@@ -21,6 +21,7 @@ from laplace_amort.fitting.history import Step
 from laplace_amort.fitting.judge import judge
 from laplace_amort.fitting.objectives.base import Objective
 from laplace_amort.fitting.objectives.elbo import FixedDrawELBO
+from laplace_amort.fitting.objectives.ladder import Ladder
 from laplace_amort.fitting.objectives.quadrature import MarginalQuadrature
 from laplace_amort.fitting.records import KNOWN, Optimum, Saved
 from laplace_amort.fitting.saving import read, write
@@ -44,6 +45,7 @@ __all__ = ["FitResult", "load_saved"]
 
 # Fields of a result that have forms of their own in a file, or none.
 _NOT_PLAIN = {"guide", "problem", "gaussian", "in_double", "sampled", "saved", "maximized", "asked"}
+_NO_GRADIENT = 1e-6  # standard deviations below which a gradient is none, and its digits are rounding errors
 
 
 @dataclass(frozen=True)
@@ -166,42 +168,66 @@ class FitResult:
         :raises ValueError: if there is no posterior, with the reason.
         """
         table = self.posterior_to_show().table(quantiles)
+        if self.status is FitStatus.INTERRUPTED:
+            return dataclasses.replace(table, title="Gaussian approximation where the fit was interrupted")
+        have_mean = self.have_mean()
+        return table.without_moments(have_mean) if have_mean else table
+
+    def have_mean(self) -> dict[str, bool]:
+        """Return which globals have no standard deviation, as far as the verdict has seen it, and whether a mean."""
         if not any(reason.verdict is Verdict.NO_MOMENTS for reason in self.judgement.reasons):
-            return table
-        return table.without_moments({tail.name: tail.has_mean for tail in heavy_tails(self.posterior)})
+            return {}
+        return {tail.name: tail.has_mean for tail in heavy_tails(self.posterior)}
 
     def posterior_to_show(self) -> Posterior:
         """Return the posterior; after an interrupt the Gaussian where the fit was then, which takes no time.
 
         :raises ValueError: if there is none, with the reason.
         """
+        gaussian = self.exact_gaussian()
         try:
             if self.status is FitStatus.INTERRUPTED:
-                return FixedDrawELBO().posterior(self.problem, self.exact_gaussian(), self.seed)
+                return FixedDrawELBO().posterior(self.problem, gaussian, self.seed)
             return self.posterior
-        except (*NUMERICAL_ERRORS, LaplaceAmortError) as error:
+        except (*NUMERICAL_ERRORS, LaplaceAmortError, ValueError) as error:
             raise ValueError(f"there is no posterior: {error}") from error
 
     def summary(self) -> str:
         """Return the verdict, a table of the globals, and how they were found: what ``print(result)`` shows."""
-        return shown.text(self)
+        return shown.text(self.judgement, self._table_or_reason(), self.how())
 
     def __str__(self) -> str:
         return self.summary()
 
     def __repr__(self) -> str:
-        return shown.in_one_line(self)
+        known = vars(self)  # nothing is computed for this
+        parts = [self.judgement.verdict.name] if "judgement" in known else []
+        parts += [self.status.name, repr(self.asked), self.problem.unit_model.sizes()]
+        if "posterior" in known and self.posterior.k_hat > -math.inf:
+            parts.append(f"k-hat {self.posterior.k_hat:.2g}")
+        return f"FitResult({', '.join(parts)})"
 
     def _repr_html_(self) -> str:
-        return shown.html(self)
+        return shown.html(self.judgement, self._table_or_reason(), self.how())
 
     def headline(self) -> str:
-        """Return what is to be said of a fit before any table: how it ended, where, repairs, other optima, notes."""
-        return shown.headline(self)
+        """Return how the fit ended, without a look at the posterior: status, value, repairs, other optima, notes."""
+        lines = [f"{self.status.name}: {self.status}", self._where()]
+        for what, report in self._repairs():
+            lines.append(_repaired(what, report))
+            if what == "globals" and self.num_draws and self.status is FitStatus.CONVERGED:
+                lines[-1] += "; do not rely on the scales, integrate over the units:\n    fit(model, *args)"
+        return "\n".join([*lines, *self._other_optima(), *self.notes])
 
     def how(self) -> str:
         """Return how the posterior was found, in lines: objective, status, draws, and notes that no verdict has."""
-        return shown.how_found(self)
+        said = str(self.judgement)
+        taken = f", which took {self.maximized!r}" if isinstance(self.asked, Ladder) else ""
+        lines = [f"found by {self.asked!r}{taken}", f"{self.status.name}: {self.status}", self._where()]
+        if "posterior" in vars(self):  # the table needed it, where there is one
+            lines.append(self.posterior.how())
+        rest = [*(_repaired(*repair) for repair in self._repairs()), *self.notes]
+        return "\n".join([*lines, *self._other_optima(), *(line for line in rest if line not in said)])
 
     def predictive(self, units: Units = SeenUnits(), **options: Any) -> Predictive:  # noqa: B008 (never changes)
         """Return Pyro's ``Predictive`` for this fit; see :meth:`Posterior.predictive` for its options."""
@@ -224,6 +250,36 @@ class FitResult:
         """
         names = [one.name for one in dataclasses.fields(Step)]
         return records_frame([dataclasses.asdict(step) for step in self.history], names)
+
+    def _table_or_reason(self) -> GlobalsTable | str:
+        """The table; where there is none, a sentence why, if the verdict has not said it."""
+        if self.verdict is Verdict.NO_POSTERIOR:
+            return ""
+        try:
+            return self.table()
+        except ValueError as error:
+            return str(error)
+
+    def _where(self) -> str:
+        value = f"objective {self.objective:.6g}"
+        if self.standard_error:
+            value += f" ± {self.standard_error:.2g}"
+        draws = f", {self.num_draws} draws" if self.num_draws else ""
+        size = f"{self.gradient_norm:.2g}" if self.gradient_norm >= _NO_GRADIENT else f"under {_NO_GRADIENT:g}"
+        is_one = math.isfinite(self.objective) and math.isfinite(self.gradient_norm)
+        gradient = f"gradient {size} posterior sd" if is_one else ""
+        evaluations = f"{len(self.history)} evaluations{draws}, {self.seconds:.3g} s"
+        return "; ".join(part for part in (value, gradient, evaluations) if part)
+
+    def _other_optima(self) -> list[str]:
+        if len(self.optima) < 2:
+            return []
+        found = ", ".join(f"{optimum.objective:.6g} ({optimum.num_starts} starts)" for optimum in self.optima)
+        return [f"{len(self.optima)} optima were found: {found}"]
+
+    def _repairs(self) -> list[tuple[str, RepairReport]]:
+        reports = (("globals", self.head_report), ("units", self.tail_report))
+        return [(what, report) for what, report in reports if report is not None and report.num_repaired]
 
     def _attributes(self) -> dict[str, Any]:
         """What a file of this fit should say about it: numbers and words."""
@@ -292,6 +348,10 @@ class FitResult:
         return self.in_double or self.gaussian
 
 
+def _repaired(what: str, report: RepairReport) -> str:
+    return f"the precision of the {what} is not that of a maximum: {report}"
+
+
 @dataclass(frozen=True, kw_only=True, repr=False)
 class StoredResult(FitResult):
     """A fit as a file has it, without its model: what needs that says what to type."""
@@ -324,15 +384,9 @@ class StoredResult(FitResult):
             raise ValueError(self.content["missing"])
         return StoredPosterior(self.content["shown"], load_line(self.path))
 
-    def table(self, quantiles: Sequence[float] = PROBABILITIES) -> GlobalsTable:
-        """Return the table of the globals that ``print(result)`` shows.
-
-        :param quantiles: of those that are kept; see :meth:`StoredPosterior.table`.
-        :raises ValueError: if there is no posterior, with the reason.
-        """
-        table: GlobalsTable = self.posterior_to_show().table(quantiles)
-        have_mean = self.content["have_mean"]
-        return table.without_moments(have_mean) if have_mean else table
+    def have_mean(self) -> dict[str, bool]:
+        """Return which globals have no standard deviation, as far as the verdict has seen it, and whether a mean."""
+        return dict(self.content["have_mean"])
 
     def how(self) -> str:
         """Return how the posterior was found, in lines."""

@@ -9,13 +9,11 @@ from typing import Any
 import torch
 
 from laplace_amort.errors import ResumeError
-from laplace_amort.evidence import heavy_tails
 from laplace_amort.fitting.evaluation import FitStatus
 from laplace_amort.fitting.journal import same_start
 from laplace_amort.fitting.objectives.base import gaussian_at
 from laplace_amort.fitting.records import KNOWN, GaussianNumbers, Saved, StoredGaussian
 from laplace_amort.fitting.saving import Described, described
-from laplace_amort.fitting.verdict import Verdict
 from laplace_amort.guide import PLAIN_SETTINGS, AutoLaplaceFamily, Problem, own_guide
 from laplace_amort.posterior import Absent, numbers_of_posterior
 
@@ -51,14 +49,11 @@ def content_of(result: Any, plain: Mapping[str, Any]) -> dict[str, Any]:
 def _shown(result: Any) -> dict[str, Any]:
     """Return the posterior that a reader is shown, and in what it is not the one that was asked for."""
     interrupted = result.status is FitStatus.INTERRUPTED  # then nothing is drawn: the file is to be written at once
-    without_moments = any(reason.verdict is Verdict.NO_MOMENTS for reason in result.judgement.reasons)
     try:
         return {
             "shown": numbers_of_posterior(result.posterior_to_show()),
             "missing": "the fit was interrupted" if interrupted else "",
-            "have_mean": {tail.name: tail.has_mean for tail in heavy_tails(result.posterior)}
-            if without_moments
-            else {},
+            "have_mean": {} if interrupted else result.have_mean(),
         }
     except ValueError as error:
         return {"shown": None, "missing": str(error), "have_mean": {}}

@@ -7,7 +7,6 @@ from laplace_amort.posterior.likelihood import ConditionalLikelihood, MarginalLi
 from laplace_amort.posterior.marginal import log_densities, marginal_sample
 from laplace_amort.posterior.posterior import Posterior
 from laplace_amort.posterior.predictive import ConditionedUnits, NewUnits, SeenUnits, Units
-from laplace_amort.posterior.proposals import matched_normal
 from laplace_amort.posterior.psis import K_GOOD, pareto_smoothed
 from laplace_amort.posterior.quantiles import weighted_quantiles
 from laplace_amort.posterior.stored import Absent, PosteriorNumbers, StoredPosterior, StoredRows, numbers_of_posterior
@@ -37,7 +36,6 @@ __all__ = [
     "log_densities",
     "marginal_sample",
     "markup",
-    "matched_normal",
     "numbers_of_posterior",
     "pareto_smoothed",
     "records_frame",
