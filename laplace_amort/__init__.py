@@ -50,6 +50,7 @@ __all__ = [  # noqa: RUF022
     "ModeWarning",
     "ModelError",
     "ModifiedCholesky",
+    "NeedsModelError",
     "NestedELBO",
     "NewtonMode",
     "NoRepair",
@@ -112,6 +113,7 @@ if TYPE_CHECKING:
         ModeNotFoundError,
         ModeWarning,
         ModelError,
+        NeedsModelError,
         NotPositiveDefiniteError,
         PathError,
         PathLeakError,
@@ -154,8 +156,8 @@ else:
             "dual_path observed_information subsample_information",
             "diagnostics": "Diagnosis Finding Level diagnose",
             "errors": "GuideCheckError InformationError LaplaceAmortError ModeNotFoundError ModeWarning ModelError "
-            "NotPositiveDefiniteError PathError PathLeakError PathMissingWarning RecordingError ResumeError "
-            "StructureError",
+            "NeedsModelError NotPositiveDefiniteError PathError PathLeakError PathMissingWarning RecordingError "
+            "ResumeError StructureError",
             "fitting": "Errors FitResult FitStatus FixedDrawELBO Judgement Ladder MarginalLaplace MarginalQuadrature "
             "NestedELBO Optimum QuasiNewton Reason Step Stochastic TrustRegion Verdict fit",
             "guide": "AutoLaplaceFamily JointCurvature LaplaceGaussian MarginalCurvature dual_path_param routes",

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from pyro.infer import Predictive
 from torch import Tensor
 
-from laplace_amort.errors import NUMERICAL_ERRORS, LaplaceAmortError, ResumeError
+from laplace_amort.errors import NUMERICAL_ERRORS, LaplaceAmortError
 from laplace_amort.evidence import heavy_tails
 from laplace_amort.fitting import shown
 from laplace_amort.fitting.evaluation import FitStatus
@@ -24,36 +23,29 @@ from laplace_amort.fitting.objectives.base import Objective
 from laplace_amort.fitting.objectives.elbo import FixedDrawELBO
 from laplace_amort.fitting.objectives.ladder import Ladder
 from laplace_amort.fitting.objectives.quadrature import MarginalQuadrature
+from laplace_amort.fitting.records import KNOWN, Optimum, Saved
+from laplace_amort.fitting.saving import read, write
+from laplace_amort.fitting.stored import content_of, load_line, revived, saved_in, without_model
 from laplace_amort.fitting.verdict import Errors, Judgement, Verdict
 from laplace_amort.guide import AutoLaplaceFamily, LaplaceGaussian, Problem
 from laplace_amort.linalg import RepairReport
-from laplace_amort.posterior import PROBABILITIES, GlobalsTable, Posterior, SeenUnits, Units, records_frame
+from laplace_amort.posterior import (
+    PROBABILITIES,
+    Absent,
+    GlobalsTable,
+    Posterior,
+    SeenUnits,
+    StoredPosterior,
+    Units,
+    records_frame,
+)
 from laplace_amort.units import Laplace, QuadratureRule
 
-__all__ = ["FitResult", "Optimum", "load_saved"]
+__all__ = ["FitResult", "load_saved"]
 
-_FORMAT = "laplace_amort fit 2"
+# Fields of a result that have forms of their own in a file, or none.
+_NOT_PLAIN = {"guide", "problem", "gaussian", "in_double", "sampled", "saved", "maximized", "asked"}
 _NO_GRADIENT = 1e-6  # standard deviations below which a gradient is none, and its digits are rounding errors
-
-
-@dataclass(frozen=True)
-class Optimum:
-    """One place where starts ended.
-
-    :param float objective: its value there.
-    :param int num_starts: that ended there.
-    :param dict globals_: constrained values of the global sites, by name.
-    :param FitStatus status: how the best of these starts ended.
-    """
-
-    objective: float
-    num_starts: int
-    globals_: Mapping[str, Tensor]
-    status: FitStatus
-
-    def __repr__(self) -> str:
-        starts = f"{self.num_starts} start{'s' if self.num_starts != 1 else ''}"
-        return f"Optimum({self.status.name}, objective {self.objective:.6g}, {starts})"
 
 
 @dataclass(frozen=True)
@@ -178,9 +170,14 @@ class FitResult:
         table = self.posterior_to_show().table(quantiles)
         if self.status is FitStatus.INTERRUPTED:
             return dataclasses.replace(table, title="Gaussian approximation where the fit was interrupted")
+        have_mean = self.have_mean()
+        return table.without_moments(have_mean) if have_mean else table
+
+    def have_mean(self) -> dict[str, bool]:
+        """Return which globals have no standard deviation, as far as the verdict has seen it, and whether a mean."""
         if not any(reason.verdict is Verdict.NO_MOMENTS for reason in self.judgement.reasons):
-            return table
-        return table.without_moments({tail.name: tail.has_mean for tail in heavy_tails(self.posterior)})
+            return {}
+        return {tail.name: tail.has_mean for tail in heavy_tails(self.posterior)}
 
     def posterior_to_show(self) -> Posterior:
         """Return the posterior; after an interrupt the Gaussian where the fit was then, which takes no time.
@@ -301,11 +298,45 @@ class FitResult:
         return {name: value for name, value in found.items() if not (isinstance(value, float) and math.isnan(value))}
 
     def save(self, path: str | Path) -> None:
-        """Write what a later fit needs to go on from here: ``fit(model, guide, *args, resume=path)``.
+        """Write the result to a file, from which :meth:`load` reads it, and from which a fit goes on by ``resume=``.
 
-        The parameters of the guide are saved as those of every module: ``torch.save(guide.state_dict(), path)``.
+        It has the numbers of all evaluations, the posterior's table, and means and standard deviations of the units;
+        no draws, and no code. The verdict and the posterior are computed now, unless they were before or the fit was
+        interrupted. Where writing fails, a file that was there stays as it was.
+
+        :param path: of the file.
+        :raises OSError: if there is no such directory, no room, or no permission.
         """
-        torch.save({"format": _FORMAT, "saved": self.saved}, path)
+        names = {one.name for one in dataclasses.fields(FitResult)} - _NOT_PLAIN
+        plain = {name: getattr(self, name) for name in sorted(names)}
+        write(path, content_of(self, plain), KNOWN)
+
+    @staticmethod
+    def load(
+        path: str | Path,
+        model: Callable[..., Any] | None = None,
+        *args: Any,
+        guide: AutoLaplaceFamily | None = None,
+        **kwargs: Any,
+    ) -> FitResult:
+        """Return the result that :meth:`save` wrote.
+
+        Without the model it is what can be read: status, verdict, objective, history, optima, notes, the posterior's
+        tables. With the model, at the data of the fit, it is as it was: draws, predictions, diagnoses. Nothing in the
+        file is executed.
+
+        :param path: of the file.
+        :param model: the Pyro model that was fitted; None for the numbers by themselves.
+        :param args: arguments of the model, as they were fitted.
+        :param AutoLaplaceFamily guide: one with the settings of the fit, if no file can hold these.
+        :param kwargs: keyword arguments of the model.
+        :raises ResumeError: if the file is none, or is of another model, other data or another guide.
+        :raises OSError: if there is no such file.
+        """
+        content = read(path, KNOWN)
+        if model is None:
+            return StoredResult(**without_model(content, path), content=content, path=str(path))
+        return FitResult(**revived(content, path, model, guide, args, kwargs))
 
     def exact_gaussian(self) -> LaplaceGaussian:
         """Return the posterior as it was computed: in double precision, whatever the dtype of the model.
@@ -321,20 +352,59 @@ def _repaired(what: str, report: RepairReport) -> str:
     return f"the precision of the {what} is not that of a maximum: {report}"
 
 
-def load_saved(resume: FitResult | str | Path) -> Any:
-    """Return what was saved of a fit.
+@dataclass(frozen=True, kw_only=True, repr=False)
+class StoredResult(FitResult):
+    """A fit as a file has it, without its model: what needs that says what to type."""
 
-    :param resume: a result, or the path of one that was saved. Load only files that you trust: they may hold code.
+    content: Mapping[str, Any] = field(repr=False)
+    path: str = field(repr=False)
+
+    @property
+    def posterior(self) -> Any:
+        """The posterior's tables, means and standard deviations; see :class:`StoredPosterior`.
+
+        :raises ValueError: if the fit ended where there is no posterior.
+        """
+        found = self.posterior_to_show()
+        why = self.content["missing"]
+        return Absent(f"its posterior ({why})", load_line(self.path)) if why else found
+
+    @property
+    def judgement(self) -> Judgement:
+        """The verdict with what it rests on, and the line to type next."""
+        found: Judgement = self.content["judgement"]
+        return found
+
+    def posterior_to_show(self) -> Any:
+        """Return the posterior; after an interrupt the Gaussian where the fit was then.
+
+        :raises ValueError: if there is none, with the reason.
+        """
+        if self.content["shown"] is None:
+            raise ValueError(self.content["missing"])
+        return StoredPosterior(self.content["shown"], load_line(self.path))
+
+    def have_mean(self) -> dict[str, bool]:
+        """Return which globals have no standard deviation, as far as the verdict has seen it, and whether a mean."""
+        return dict(self.content["have_mean"])
+
+    def how(self) -> str:
+        """Return how the posterior was found, in lines."""
+        return str(self.content["how"])
+
+    def __repr__(self) -> str:
+        return f"FitResult({self.verdict.name}, {self.status.name}, {self.asked!r}, read from {self.path!r})"
+
+    def save(self, path: str | Path) -> None:
+        """Write the same to another file."""
+        write(path, self.content, KNOWN)
+
+
+def load_saved(resume: FitResult | str | Path) -> Saved:
+    """Return what a fit goes on from.
+
+    :param resume: a result, or the path of one that was saved.
     :raises ResumeError: if it is neither.
     """
-    if isinstance(resume, FitResult):
-        return resume.saved
-    try:
-        content = torch.load(resume, weights_only=False)
-    except FileNotFoundError:
-        raise
-    except Exception as error:
-        raise ResumeError(f"{resume} was not written by FitResult.save: {error}") from error
-    if not isinstance(content, dict) or content.get("format") != _FORMAT:
-        raise ResumeError(f"{resume} was not written by FitResult.save of this version, whose format is '{_FORMAT}'")
-    return content["saved"]
+    saved: Saved = resume.saved if isinstance(resume, FitResult) else saved_in(read(resume, KNOWN))
+    return saved

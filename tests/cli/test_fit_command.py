@@ -190,7 +190,7 @@ def test_a_file_that_fails_loses_neither_the_result_nor_the_others(capsys, direc
         ("case", (*DATA, "--head", "joint"), "models.py:case returns a guide of its own: leave --head out"),
         ("model", (*DATA, "--output", "a.txt"), "--output a.txt must end in one of .csv, .nc"),
         ("model", (*DATA, "--output", "nowhere/a.nc"), "there is no directory nowhere"),
-        ("model", (*DATA, "--save", "."), ". is a directory, and the state of the fit a file"),
+        ("model", (*DATA, "--save", "."), ". is a directory, and the result a file"),
         ("model", (*DATA, "--plot", "a.xyz"), "the plot's name a.xyz must end in one of"),
         ("model", (*DATA, "--draws", "9"), "--draws is for a file of draws"),
         ("model", (*DATA, "--resume", "absent.pt"), "there is no file absent.pt to resume from"),
