@@ -368,7 +368,7 @@ class Problem:
                 f"this objective moves the latents of the model, and '{name}' is a parameter. Give it a prior, a flat "
                 "one if need be, or take the ELBO, which moves parameters too:\n"
                 f"    pyro.sample('{name}', dist.ImproperUniform(constraints.real, (), ()))\n"
-                "    fit(model, guide, *args, objective=FixedDrawELBO())"
+                "    fit(model, *args, objective=FixedDrawELBO())"
             )
 
 
