@@ -53,6 +53,7 @@ __all__ = [  # noqa: RUF022
     "NestedELBO",
     "NewtonMode",
     "NoRepair",
+    "NormalPoints",
     "NotPositiveDefiniteError",
     "Optimum",
     "PathError",
@@ -144,7 +145,7 @@ if TYPE_CHECKING:
         Posterior,
         SeenUnits,
     )
-    from laplace_amort.units import ClosedFormMode, FreeMode, GaussHermite, NewtonMode, StudentPoints
+    from laplace_amort.units import ClosedFormMode, FreeMode, GaussHermite, NewtonMode, NormalPoints, StudentPoints
 else:
     __getattr__, __dir__ = opened_on_demand(
         __name__,
@@ -162,7 +163,7 @@ else:
             "model": "LogJoint UnitLayout",
             "posterior": "ConditionalLikelihood ConditionedUnits GlobalsTable MarginalLikelihood NewUnits Posterior "
             "SeenUnits",
-            "units": "ClosedFormMode FreeMode GaussHermite NewtonMode StudentPoints",
+            "units": "ClosedFormMode FreeMode GaussHermite NewtonMode NormalPoints StudentPoints",
         },
     )
 # isort: on

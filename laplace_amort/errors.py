@@ -11,6 +11,7 @@ __all__ = [
     "NUMERICAL_ERRORS",
     "GuideCheckError",
     "InformationError",
+    "KinkError",
     "LaplaceAmortError",
     "ModeNotFoundError",
     "ModeWarning",
@@ -82,6 +83,10 @@ class ModeNotFoundError(LaplaceAmortError, ArithmeticError):
         super().__init__(message)
         self.units = list(units)
         self.status = list(status)
+
+
+class KinkError(ModelError):
+    """A density has a kink, where second derivatives say nothing; the message names the unit or the global."""
 
 
 class ModeWarning(UserWarning):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import time
 import warnings
 from collections.abc import Callable
@@ -14,9 +15,9 @@ import torch
 from pyro.infer.autoguide import AutoGuide
 
 from laplace_amort.errors import NUMERICAL_ERRORS, ModelError
-from laplace_amort.fitting.evaluation import FitStatus, Maximum
+from laplace_amort.fitting.causes import causes
+from laplace_amort.fitting.evaluation import Maximum
 from laplace_amort.fitting.history import History, progress_bar
-from laplace_amort.fitting.identification import describe_flattest
 from laplace_amort.fitting.journal import Journal
 from laplace_amort.fitting.objectives.base import Objective
 from laplace_amort.fitting.objectives.elbo import FixedDrawELBO
@@ -25,7 +26,7 @@ from laplace_amort.fitting.objectives.laplace import MarginalLaplace
 from laplace_amort.fitting.objectives.stochastic import Stochastic, WalkState
 from laplace_amort.fitting.optimizers import Optimizer, TrustRegion
 from laplace_amort.fitting.result import FitResult, Optimum, load_saved
-from laplace_amort.fitting.search import START_STEPS, find_maxima, fresh_value, positive
+from laplace_amort.fitting.search import START_STEPS, find_maxima, fresh_value
 from laplace_amort.guide import AutoLaplaceFamily, LaplaceGaussian, Problem, own_guide
 
 __all__ = ["fit"]
@@ -164,7 +165,7 @@ def _maximized(
     maxima = find_maxima(history, objective, optimizer, starts)
     if history.problem.recheck():  # what was recorded was not the model everywhere: once again, without
         maxima = find_maxima(history, objective, optimizer)
-    if isinstance(objective, FixedDrawELBO) and maxima[0].status is not FitStatus.START_FAILED:
+    if isinstance(objective, FixedDrawELBO) and math.isfinite(maxima[0].evaluation.value):
         return maxima, fresh_value(history, objective)
     return maxima, None
 
@@ -245,19 +246,7 @@ def _notes(history: History, maximum: Maximum, gaussian: LaplaceGaussian | None)
             "    torch.where(mu > 0, a, b)      # for: a if mu > 0 else b\n"
             "    p[..., 0] = y[..., unit]       # for: p[0] = y[unit]"
         )
-    failures = [maximum.evaluation.failure, *(step.problem for step in history.steps[::-1])]
-    failure = next((failure for failure in failures if failure), "")
-    if failure and not maximum.status.ok:
-        notes.append(f"the last point without an objective: {_in_short(failure)}")
-    if maximum.status is FitStatus.NO_MAXIMUM and maximum.evaluation.information is not None:
-        signs = positive(problem).tolist()
-        notes.append(describe_flattest(problem.global_elements(), signs, maximum.evaluation.information))
-    return notes if gaussian is None else notes + problem.kinks(gaussian)
-
-
-def _in_short(failure: str) -> str:
-    """Return the sentence and the first unit, without lines to type for those who compute matrices themselves."""
-    return "\n".join(failure.splitlines()[:2]).partition(" To repair")[0]
+    return notes + causes(history, maximum, gaussian)
 
 
 # ------------------------------------------------------------------------------------------------------- the arguments

@@ -94,8 +94,8 @@ def _scales(result: FitResult) -> Iterator[Reason]:
     scaled = result.problem.unit_model.density.scaled
     if scaled:
         sentence = (
-            f"'{scaled[0]}' counts with a weight (poutine.scale; {len(scaled)} sites in all). If it stands for data that "
-            "are left out, let a plate know of them; if not, leave it out:"
+            f"'{scaled[0]}' counts with a weight (poutine.scale; {len(scaled)} sites in all). If it stands for data "
+            "that are left out, let a plate know of them; if not, leave it out:"
         )
         yield Reason(Verdict.WEIGHTED, sentence, "pyro.plate('units', N, subsample_size=B)")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,10 +22,18 @@ from laplace_amort.errors import ModelError, RecordingError, ResumeError
 from laplace_amort.guide.auto import AutoLaplaceFamily
 from laplace_amort.guide.gaussian import LaplaceGaussian
 from laplace_amort.guide.heads import Head
+from laplace_amort.guide.kinks import Kink, find_kink
 from laplace_amort.guide.precision import OwnNumbers, numbers_of
 from laplace_amort.guide.vector import set_vector, to_vector
 from laplace_amort.linalg import Arrowhead, repair_tails
-from laplace_amort.model import SubsampledPlate, UnitModel, simulated_units, takes_particles, unit_terms
+from laplace_amort.model import (
+    SubsampledPlate,
+    UnitModel,
+    simulated_units,
+    takes_particles,
+    unit_terms,
+    with_data_completed,
+)
 from laplace_amort.types import Vector
 from laplace_amort.units import FreeMode, Mode, NewtonMode, UnitIntegrals
 
@@ -47,7 +56,8 @@ class Problem:
     :meth:`hand_back`. What cannot be run so is computed as it is written; ``numbers.reason`` says why.
 
     Attributes: ``unit_model``, recorded where that is possible; ``not_recorded``, the reason if it is not, and
-    ``not_at_once``, why it is not even run for many points at once; and ``given``, the model in its own precision.
+    ``not_at_once``, why it is not even run for many points at once; ``given``, the model in its own precision; and
+    ``first_loc``, where the globals stood first, ``(d,)``.
     """
 
     def __init__(self, guide: AutoLaplaceFamily, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -56,7 +66,7 @@ class Problem:
         self.given.density.check_data()  # set-up has done so for the data of the first call alone
         self.numbers = numbers_of(guide, self.given)
         self.unit_model = self.numbers.of(self.given)
-        self._first = self.memory()
+        self._first, self.first_loc = self.memory(), self.loc.clone()
         self.not_recorded = self.not_at_once = ""
         self._integrals: tuple[UnitModel, UnitIntegrals] | None = None
         try:
@@ -125,6 +135,11 @@ class Problem:
         leaves = [*self.globals_(), *self.numbers.family.parameters(), *self.model_parameters]
         return list({id(leaf): leaf for leaf in leaves}.values())
 
+    @property
+    def completed_model(self) -> Callable[..., Any]:
+        """The model for an ELBO of Pyro's to run, which takes data as they are: possible where a mask hides them."""
+        return with_data_completed(self.guide.model)
+
     def takes_particles(self, num_particles: int) -> bool:
         """Whether the model can run in a plate of particles, as vectorized ELBOs of Pyro have it."""
         return takes_particles(self.unit_model.density, num_particles)
@@ -155,6 +170,7 @@ class Problem:
                 "it made for other data or by other settings? Start anew:\n    fit(model, guide, *args)"
             )
         set_vector(self.parameters(), vector)
+        self.first_loc = self.loc.clone()
         self.recall()
 
     def center_units(self, keep: Callable[[str, Callable[[], Tensor]], Tensor]) -> None:
@@ -218,6 +234,11 @@ class Problem:
             tail, report = repair_tails(self.numbers.family.tail_repair, found.tail)
             precision = Arrowhead(found.head, found.border, tail).with_schur(fitted.precision.schur_complement)
         return LaplaceGaussian(model, fitted.global_loc, local, precision, fitted.head_report, report)
+
+    @cached_property
+    def kink(self) -> Kink | None:
+        """A kink of the density, looked for when it is asked for first; see :func:`find_kink`."""
+        return find_kink(self)
 
     @torch.no_grad()
     def kinks(self, gaussian: LaplaceGaussian) -> list[str]:

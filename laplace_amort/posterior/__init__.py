@@ -7,7 +7,6 @@ from laplace_amort.posterior.likelihood import ConditionalLikelihood, MarginalLi
 from laplace_amort.posterior.marginal import log_densities, marginal_sample
 from laplace_amort.posterior.posterior import Posterior
 from laplace_amort.posterior.predictive import ConditionedUnits, NewUnits, SeenUnits, Units
-from laplace_amort.posterior.proposals import matched_normal
 from laplace_amort.posterior.psis import K_GOOD, pareto_smoothed
 from laplace_amort.posterior.quantiles import weighted_quantiles
 from laplace_amort.posterior.tables import PROBABILITIES, GlobalsTable, records_frame
@@ -32,7 +31,6 @@ __all__ = [
     "log_densities",
     "marginal_sample",
     "markup",
-    "matched_normal",
     "pareto_smoothed",
     "records_frame",
     "weighted_quantiles",

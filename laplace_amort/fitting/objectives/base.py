@@ -16,7 +16,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from laplace_amort.errors import NUMERICAL_ERRORS, ModeNotFoundError
+from laplace_amort.errors import NUMERICAL_ERRORS, KinkError, ModeNotFoundError
 from laplace_amort.fitting.evaluation import Evaluation, Maximum
 from laplace_amort.fitting.history import History
 from laplace_amort.fitting.optimizers import Optimizer
@@ -82,11 +82,16 @@ class ObjectiveFunction(ABC):
         set_vector(self.parameters, point)
 
     def __call__(self, point: Vector) -> Evaluation:
-        """Evaluate, without an error where the objective does not exist."""
+        """Evaluate, without an error where the objective does not exist.
+
+        :raises KinkError: if the modes of units are lost, and their density has a kink.
+        """
         self.move(point)
         try:
             found = self._evaluate_with_second_thoughts()
         except NUMERICAL_ERRORS as error:
+            if isinstance(error, ModeNotFoundError) and self.problem.kink is not None:
+                raise KinkError(str(self.problem.kink)) from error  # wherever it goes, there is another
             return _nothing(point, f"{type(error).__name__}: {error}")
         derivatives = [part for part in (found.gradient, found.information) if part is not None]
         if not (math.isfinite(found.value) and all(numpy.isfinite(part).all() for part in derivatives)):

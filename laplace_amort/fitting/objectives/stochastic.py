@@ -224,6 +224,7 @@ class _Walk:
         history.problem.hand_back()
         self.problem = history.problem.as_given()  # Pyro's ELBO sees the guide itself, and minibatches have more noise
         self.guide, self.model = self.problem.guide, self.problem.unit_model
+        self.completed = self.problem.completed_model
         # For parameters and whitening; the draws are never made.
         self.function, self.exact = (ELBOFunction(problem, 2, 0) for problem in (self.problem, history.problem))
         self.elbo, self.notes = _elbo_for(how.elbo, self.problem)
@@ -272,7 +273,7 @@ class _Walk:
         now = self.u.detach().clone()
         self.function.move(self.state.origin + self.state.whitening.step(now.numpy()))
         try:
-            loss = float(self.elbo.loss_and_grads(self.guide.model, self.guide, *self.model.args, **self.model.kwargs))
+            loss = float(self.elbo.loss_and_grads(self.completed, self.guide, *self.model.args, **self.model.kwargs))
             failure = "" if math.isfinite(loss) else f"the loss is {loss}"
         except NUMERICAL_ERRORS as error:
             loss, failure = math.nan, f"{type(error).__name__}: {error}"
@@ -333,7 +334,7 @@ class _Walk:
         if state.status in (FitStatus.CONVERGED, FitStatus.MAX_STEPS):
             with torch.no_grad():
                 losses = [
-                    self.elbo.loss(self.guide.model, self.guide, *self.model.args, **self.model.kwargs)
+                    self.elbo.loss(self.completed, self.guide, *self.model.args, **self.model.kwargs)
                     for _ in range(_FINAL)
                 ]
             average = torch.tensor(losses, dtype=torch.float64)
