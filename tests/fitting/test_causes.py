@@ -42,6 +42,8 @@ from laplace_amort import (
     InformationError,
     MarginalLaplace,
     ModelError,
+    QuasiNewton,
+    TrustRegion,
     fit,
 )
 
