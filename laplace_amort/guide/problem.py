@@ -29,6 +29,7 @@ from laplace_amort.linalg import Arrowhead, repair_tails
 from laplace_amort.model import (
     SubsampledPlate,
     UnitModel,
+    prior_for_parameter,
     simulated_units,
     takes_particles,
     unit_terms,
@@ -367,8 +368,8 @@ class Problem:
             raise ModelError(
                 f"this objective moves the latents of the model, and '{name}' is a parameter. Give it a prior, a flat "
                 "one if need be, or take the ELBO, which moves parameters too:\n"
-                f"    pyro.sample('{name}', dist.ImproperUniform(constraints.real, (), ()))\n"
-                "    fit(model, guide, *args, objective=FixedDrawELBO())"
+                f"{prior_for_parameter(self.unit_model.density, name)}"
+                "    fit(model, *args, objective=FixedDrawELBO())"
             )
 
 
