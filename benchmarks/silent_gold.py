@@ -26,6 +26,7 @@ NODES = {1: (7, 11, 17, 61, 121, 241), 2: (5, 7, 11, 17, 27, 39), 3: (5, 7, 9, 1
 MOST_HERMITE, REACH = 39, 9.0  # nodes of a Gauss-Hermite rule; beyond, equal steps over so many standard deviations
 SETTLED = 0.01  # nats by which a finer rule may move the log marginal density of one point against others
 SETTLED_FAIRLY = 0.05  # the same, of the finest rule
+NEWTON = 8  # steps for the mode of a unit, at most: integrals do not need it exactly
 CELLS = 400_000  # of an array at a time
 DF = 5.0
 LEAST_ROUNDS, ROUNDS, ROUND, HALF, MOST_HALVES = 3, 8, 1024, 2048, 8
@@ -36,6 +37,17 @@ AROUND = (0.02, 0.04, 0.02)  # of a probability that a quantile may miss its own
 
 
 # -------------------------------------------------------------------------------------------------------------- units
+
+
+class _Start(NamedTuple):
+    """Where modes are about: a linear function of coordinates less a center, ``(d + 1, N k)``."""
+
+    center: Array
+    coefficients: Array
+
+    def at(self, y: Array, k: int) -> Array:
+        found = self.coefficients[0] + (y - self.center) @ self.coefficients[1:]
+        return np.nan_to_num(found).clip(-8.0, 8.0).reshape(len(y), -1, k)
 
 
 class Integrals(NamedTuple):
@@ -58,7 +70,7 @@ class Units:
         self.present, self.group = np.unique(density.group, return_inverse=True)
         self.starts = np.searchsorted(self.group, np.arange(len(self.present)))
         self.k = density.w.shape[1]
-        self.start = np.zeros((len(self.present), self.k))
+        self.start = _Start(np.zeros(density.dim), np.zeros((density.dim + 1, len(self.present) * self.k)))
 
     def log_posterior(self, y: Array, nodes: int) -> Array:
         """Return the log density of the globals at coordinates ``(G, d)``, up to a constant; minus infinity for NaN."""
@@ -66,7 +78,7 @@ class Units:
 
     def integrals(self, y: Array, nodes: int) -> Integrals:
         """Return the integrals at coordinates, with the moments of all units, those without rows as well."""
-        parts = [self._integrals(self.density.constrain(part)[0], nodes, True) for part in self._chunks(y, nodes)]
+        parts = [self._integrals(part, self.density.constrain(part)[0], nodes, True) for part in self._chunks(y, nodes)]
         return Integrals(*map(np.concatenate, zip(*parts, strict=True)))
 
     def sampled(self, y: Array, draws: int, rng: np.random.Generator) -> tuple[Array, Array]:
@@ -76,7 +88,7 @@ class Units:
         """
         values, _ = self.density.constrain(y[None])
         eta0, w = self._predictor(values)
-        mode, root = self._modes(values, eta0, w)
+        mode, root = self._modes(y[None], values, eta0, w)
         mode, root, k, n = mode[0], root[0], self.k, len(self.present)
         normal = rng.normal(size=(n, draws, k))
         t = normal[:, ::2] / np.sqrt(rng.chisquare(DF, size=(n, (draws + 1) // 2, 1)) / DF)
@@ -96,9 +108,13 @@ class Units:
         return top[:, 0] + np.log(mean), weight.std(1) / np.sqrt(draws) / mean
 
     def remember(self, y: Array) -> None:
-        """Start the search for modes from those at a point ``(d,)``."""
-        values, _ = self.density.constrain(y[None])
-        self.start = self._modes(values, *self._predictor(values))[0][0]
+        """Start the search for modes from a linear function of the globals that is fitted at ``(G, d)``."""
+        values, _ = self.density.constrain(y)
+        modes = self._modes(y, values, *self._predictor(values))[0].reshape(len(y), -1)
+        center = y.mean(0)
+        design = np.concatenate([np.ones((len(y), 1)), y - center], axis=1)
+        ridge = 1e-6 * len(y) * np.eye(design.shape[1])
+        self.start = _Start(center, np.linalg.solve(design.T @ design + ridge, design.T @ modes))
 
     def _chunks(self, y: Array, nodes: int) -> list[Array]:
         size = max(1, CELLS // (len(self.density.z) * nodes**self.k))
@@ -107,7 +123,7 @@ class Units:
     def _log_posterior(self, y: Array, nodes: int) -> Array:
         with np.errstate(all="ignore"):
             values, jacobian = self.density.constrain(y)
-            parts = self._integrals(values, nodes, False).log.sum(1), self.density.rest(values)
+            parts = self._integrals(y, values, nodes, False).log.sum(1), self.density.rest(values)
             found = self.density.log_prior(values) + jacobian + parts[0] + parts[1]
         return np.where(np.isnan(found), -np.inf, found)
 
@@ -118,29 +134,32 @@ class Units:
     def _summed(self, x: Array) -> Array:
         return np.add.reduceat(x, self.starts, axis=1)
 
-    def _modes(self, values: dict[str, Array], eta0: Array, w: Array) -> tuple[Array, Array]:
+    def _modes(self, y: Array, values: dict[str, Array], eta0: Array, w: Array) -> tuple[Array, Array]:
         """Modes of e ``(G, N, k)``, and square roots of the covariance there ``(G, N, k, k)``: both nearly."""
-        e = np.broadcast_to(self.start, (len(eta0), *self.start.shape)).copy()
+        e = self.start.at(y, self.k)
         shift = np.array([-1e-4, 0.0, 1e-4])
-        for _ in range(25):
-            eta = eta0 + (w * e[:, self.group]).sum(-1)
+        information = np.empty((*e.shape, self.k))
+        for _ in range(NEWTON):
+            eta = eta0 + np.einsum("gnk,gnk->gn", w, e[:, self.group])
             low, middle, high = np.moveaxis(self.density.smooth(eta[..., None] + shift, values), -1, 0)
             slope = np.nan_to_num((high - low) / 2e-4, posinf=1e8, neginf=-1e8)
             curvature = np.nan_to_num(-(high - 2 * middle + low) / 1e-8, posinf=1e8, neginf=0.0).clip(0.0, 1e8)
-            gradient = self._summed(slope[..., None] * w) - e
-            information = self._summed(curvature[..., None, None] * w[..., :, None] * w[..., None, :]) + np.eye(self.k)
+            gradient = np.stack([self._summed(slope * w[..., i]) for i in range(self.k)], axis=-1) - e
+            for i, j in itertools.combinations_with_replacement(range(self.k), 2):
+                information[..., i, j] = self._summed(curvature * w[..., i] * w[..., j]) + (i == j)
+                information[..., j, i] = information[..., i, j]
             step = np.linalg.solve(information, gradient[..., None])[..., 0]
             size = np.abs(step).max(-1, keepdims=True)
             e = np.nan_to_num(e + step * np.minimum(1.0, 2.0 / np.maximum(size, 1e-9)))
-            if not (size > 1e-3).any():
+            if (size > 0.02).mean() < 1e-3:
                 break
         return e, np.linalg.inv(np.linalg.cholesky(information)).swapaxes(-1, -2)
 
-    def _integrals(self, values: dict[str, Array], nodes: int, moments: bool) -> Integrals:
+    def _integrals(self, y: Array, values: dict[str, Array], nodes: int, moments: bool) -> Integrals:
         eta0, w = self._predictor(values)
-        mode, root = self._modes(values, eta0, w)
+        mode, root = self._modes(y, values, eta0, w)
         x, log_weight = _rule(nodes, self.k)
-        eta = eta0 + (w * mode[:, self.group]).sum(-1)
+        eta = eta0 + np.einsum("gnk,gnk->gn", w, mode[:, self.group])
         eta = eta[..., None] + np.einsum("gni,gnij->gnj", w, root[:, self.group]) @ x.T
         e = mode[:, :, None] + np.einsum("gnij,qj->gnqi", root, x)
         log = self._summed(self.density.core(eta, values)) - (e**2).sum(-1) / 2 + log_weight
@@ -395,7 +414,7 @@ def _first_proposal(units: Units, truth: Array, rng: np.random.Generator) -> _Mi
         one = _around(loc, root, {1.0: 0.6, 2.0: 0.3, 4.0: 0.1})
         proposal = one if proposal is None else _together(proposal, one, 0.4)
     assert proposal is not None
-    units.remember(proposal.loc[0])
+    units.remember(proposal.loc[:1])
     return proposal
 
 
@@ -424,6 +443,7 @@ def _rounds(units: Units, first: _Mixture, rng: np.random.Generator, nodes: int)
         ):
             break
         if number == 0:
+            units.remember(all_y[rng.choice(len(all_y), size=100 + 20 * len(loc), p=weight)])
             nodes = _settling(units, all_y[rng.choice(len(all_y), size=8, p=weight)])
     return nodes, proposal
 

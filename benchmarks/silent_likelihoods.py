@@ -44,7 +44,7 @@ class Likelihood:
 
 
 def softplus(x: Array) -> Array:
-    return np.logaddexp(0.0, x)
+    return np.maximum(x, 0.0) + np.log1p(np.exp(-np.abs(x)))  # half the time of logaddexp
 
 
 def _nothing(z: Array, aux: Aux) -> Array:

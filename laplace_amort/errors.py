@@ -16,6 +16,7 @@ __all__ = [
     "ModeNotFoundError",
     "ModeWarning",
     "ModelError",
+    "NeedsModelError",
     "NotPositiveDefiniteError",
     "PathError",
     "PathLeakError",
@@ -69,6 +70,10 @@ class PrecisionError(LaplaceAmortError, ArithmeticError):
 
 class ResumeError(LaplaceAmortError, ValueError):
     """A fit cannot go on from what was saved, because it is the state of another fit."""
+
+
+class NeedsModelError(LaplaceAmortError, RuntimeError):
+    """Something was asked of a fit that was read from a file, and the model is needed for it."""
 
 
 class ModeNotFoundError(LaplaceAmortError, ArithmeticError):

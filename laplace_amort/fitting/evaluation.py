@@ -97,3 +97,7 @@ class Maximum(NamedTuple):
     objective: Any = None
     notes: tuple[str, ...] = ()
     posterior: Any = None
+
+    def numbers(self) -> Maximum:
+        """Return the same without the objects that hold a model, or may be of a user's own class."""
+        return self._replace(objective=None, posterior=None)

@@ -13,7 +13,7 @@ from laplace_amort.evidence import against_next, compare, heavy_tails, next_rule
 from laplace_amort.fitting.evaluation import FitStatus
 from laplace_amort.fitting.objectives.ladder import Ladder
 from laplace_amort.fitting.other_optima import other_optimum
-from laplace_amort.fitting.verdict import Errors, Judgement, Reason, Verdict
+from laplace_amort.fitting.verdict import NEXT_LINE, Errors, Judgement, Reason, Verdict
 from laplace_amort.guide import LaplaceGaussian
 from laplace_amort.posterior import K_GOOD, Posterior
 from laplace_amort.types import element_names, to_numpy
@@ -42,11 +42,9 @@ def judge(result: FitResult) -> Judgement:
 
     :param FitResult result: the fit.
     """
-    if result.gaussian is None:
-        return Judgement(None, (Reason(Verdict.NO_POSTERIOR, str(result.status), _more_starts(result)),))
-    if not result.status.ok:
-        advice = "" if result.status is FitStatus.INTERRUPTED else _more_starts(result)
-        return Judgement(None, (Reason(Verdict.NOT_CONVERGED, str(result.status), advice),))
+    if result.gaussian is None or not result.status.ok:
+        verdict = Verdict.NO_POSTERIOR if result.gaussian is None else Verdict.NOT_CONVERGED
+        return Judgement(None, tuple(_causes(result, verdict)))
     try:
         errors, reasons = _evidence(result)
     except (*NUMERICAL_ERRORS, ModelError, StructureError, ValueError) as error:
@@ -73,6 +71,13 @@ def _evidence(result: FitResult) -> tuple[Errors | None, list[Reason]]:
     return errors, reasons
 
 
+def _causes(result: FitResult, verdict: Verdict) -> list[Reason]:
+    """Return why a fit has not converged: the notes that have a line to type, and if there is none its status."""
+    causes = [Reason.of_note(verdict, note) for note in result.notes if NEXT_LINE in note]
+    advice = "" if result.status is FitStatus.INTERRUPTED else _more_starts(result)
+    return causes or [Reason(verdict, str(result.status), advice)]
+
+
 def _more_starts(result: FitResult) -> str:
     return "" if result.problem.subsamples else "fit(model, *args, starts=20)"
 
@@ -94,8 +99,8 @@ def _scales(result: FitResult) -> Iterator[Reason]:
     scaled = result.problem.unit_model.density.scaled
     if scaled:
         sentence = (
-            f"'{scaled[0]}' counts with a weight (poutine.scale; {len(scaled)} sites in all). If it stands for data that "
-            "are left out, let a plate know of them; if not, leave it out:"
+            f"'{scaled[0]}' counts with a weight (poutine.scale; {len(scaled)} sites in all). If it stands for data "
+            "that are left out, let a plate know of them; if not, leave it out:"
         )
         yield Reason(Verdict.WEIGHTED, sentence, "pyro.plate('units', N, subsample_size=B)")
 

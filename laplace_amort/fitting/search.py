@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy
 import torch
@@ -121,7 +121,9 @@ def _climbed(history: History, objective: Objective, optimizer: Optimizer) -> Ma
 # --------------------------------------------------------------------------------------------------------------- starts
 
 
-def random_starts(problem: Problem, num_starts: int, seed: int) -> Iterator[Tensor]:
+def random_starts(
+    problem: Problem, num_starts: int, seed: int, init_loc_fn: Callable[..., Tensor] = init_to_uniform
+) -> Iterator[Tensor]:
     """Yield starts ``(d,)`` by Pyro's ``init_to_uniform``: between -2 and 2 in unconstrained space, as Stan's.
 
     (A simplex has other coordinates here than there, so that its starts are not uniform.)
@@ -129,10 +131,11 @@ def random_starts(problem: Problem, num_starts: int, seed: int) -> Iterator[Tens
     :param Problem problem: has the sites of the model.
     :param int num_starts: how many.
     :param int seed: of their own; the state of torch's generator stays as it is.
+    :param init_loc_fn: another one of Pyro's ``init_to_*``.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        starts = [problem.unit_model.start(init_to_uniform)[0] for _ in range(num_starts)]
+        starts = [problem.unit_model.start(init_loc_fn)[0] for _ in range(num_starts)]
     yield from starts
 
 

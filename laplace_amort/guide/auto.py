@@ -130,6 +130,10 @@ class AutoLaplaceFamily(AutoGuide):
         self._unit_models: UnitModels | None = None
         self._repeats = Repeats()
 
+    def settings(self) -> dict[str, Any]:
+        """Return what the guide was made with, by the names of its arguments; the start and plates are left out."""
+        return {"mode": self._mode[0], "head": self.head, "repair": self._repair[0], "unit_plate": self.unit_plate}
+
     @pyro_method
     def gaussian_of(
         self, unit_model: UnitModel, *, mode: Mode | None = None, head: Head | None = None

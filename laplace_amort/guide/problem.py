@@ -33,6 +33,7 @@ from laplace_amort.model import (
     simulated_units,
     takes_particles,
     unit_terms,
+    with_data_completed,
 )
 from laplace_amort.types import Vector
 from laplace_amort.units import FreeMode, Mode, NewtonMode, UnitIntegrals
@@ -135,6 +136,11 @@ class Problem:
         leaves = [*self.globals_(), *self.numbers.family.parameters(), *self.model_parameters]
         return list({id(leaf): leaf for leaf in leaves}.values())
 
+    @property
+    def completed_model(self) -> Callable[..., Any]:
+        """The model for an ELBO of Pyro's to run, which takes data as they are: possible where a mask hides them."""
+        return with_data_completed(self.guide.model)
+
     def takes_particles(self, num_particles: int) -> bool:
         """Whether the model can run in a plate of particles, as vectorized ELBOs of Pyro have it."""
         return takes_particles(self.unit_model.density, num_particles)
@@ -152,18 +158,20 @@ class Problem:
         """Return where all parameters stand, and what the guide remembers of modes."""
         return to_vector(self.parameters()), self.memory()
 
-    def restore(self, state: tuple[Vector, tuple[Tensor, Tensor]]) -> None:
-        """Bring back what :meth:`state` returned, as the first start.
+    def restore(self, state: tuple[Vector, tuple[Tensor, Tensor] | None]) -> None:
+        """Bring back what :meth:`state` returned, as the first start; of modes, None for what is known now.
 
         :raises ResumeError: if it is of other parameters.
         """
-        vector, self._first = state
-        sizes = len(vector), self._first[0].shape
+        vector, memory = state
+        first = self._first if memory is None else memory
+        sizes = len(vector), first[0].shape
         if sizes != (sum(p.numel() for p in self.parameters()), self.memory()[0].shape):
             raise ResumeError(
                 f"the saved fit has {sizes[0]} parameters and units {tuple(sizes[1])}, and this guide has others. Was "
-                "it made for other data or by other settings? Start anew:\n    fit(model, guide, *args)"
+                "it made for other data or by other settings? Start anew:\n    fit(model, *args)"
             )
+        self._first = first
         set_vector(self.parameters(), vector)
         self.first_loc = self.loc.clone()
         self.recall()
@@ -269,9 +277,9 @@ class Problem:
         return values_and_gradients(self.unit_model, globals_, locals_, self.model_parameters)
 
     def log_joint_at_start(self) -> float:
-        """Return the value of the log joint where the fit starts."""
+        """Return the value of the log joint where the globals stand, with all latents of the units at zero."""
         with torch.no_grad():
-            return float(self.unit_model.log_joint(self.loc, self.start))
+            return float(self.unit_model.log_joint(self.loc, torch.zeros_like(self.start)))  # and not at their modes
 
     @property
     def mode(self) -> Mode:

@@ -6,7 +6,7 @@ from laplace_amort.model.functions import GlobalFunctions, find_functions
 from laplace_amort.model.handlers import SubsampledPlate
 from laplace_amort.model.layout import UnitLayout, find_layout
 from laplace_amort.model.log_joint import LogJoint
-from laplace_amort.model.observed import ObservedSite, observed_sites, with_data_drawn
+from laplace_amort.model.observed import ObservedSite, observed_sites, with_data_completed, with_data_drawn
 from laplace_amort.model.parameters import prior_for_parameter
 from laplace_amort.model.particles import takes_particles
 from laplace_amort.model.simulated import simulated_units
@@ -33,5 +33,6 @@ __all__ = [
     "takes_particles",
     "undressed",
     "unit_terms",
+    "with_data_completed",
     "with_data_drawn",
 ]

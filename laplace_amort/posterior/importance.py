@@ -17,9 +17,10 @@ from typing import Any
 import numpy
 import scipy.special
 
-from laplace_amort.posterior.proposals import DF, STRETCH, Normal, SplitT, matched_normal, split_along_axes
+from laplace_amort.posterior.proposals import DF, STRETCH, Normal, SplitT, split_along_axes
 from laplace_amort.posterior.psis import K_GOOD, pareto_smoothed
 from laplace_amort.types import Vector
+from laplace_amort.units import matched_normal
 
 __all__ = ["ImportanceSample", "ImportanceSampler", "normal_sample"]
 

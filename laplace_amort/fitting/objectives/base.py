@@ -26,7 +26,7 @@ from laplace_amort.posterior import Posterior
 from laplace_amort.types import Vector
 from laplace_amort.units import Integrals, ModeStatus
 
-__all__ = ["Objective", "ObjectiveFunction", "posterior_whitening", "refuse_lost_units"]
+__all__ = ["Objective", "ObjectiveFunction", "gaussian_at", "posterior_whitening", "refuse_lost_units"]
 
 
 @runtime_checkable
@@ -123,6 +123,21 @@ class ObjectiveFunction(ABC):
 
 def _nothing(point: Vector, failure: str) -> Evaluation:
     return Evaluation(-math.inf, numpy.full_like(point, numpy.nan), failure=failure)
+
+
+def gaussian_at(problem: Problem, objective: Objective, maximum: Maximum) -> LaplaceGaussian | None:
+    """Return the posterior where the guide stands, by the model itself; None where there is none.
+
+    :param Problem problem: the guide and the data.
+    :param objective: what was maximized.
+    :param Maximum maximum: where that ended.
+    """
+    try:
+        with torch.no_grad():
+            gaussian = objective.gaussian(problem, maximum)
+            return dataclasses.replace(gaussian, unit_model=problem.unit_model.live())
+    except NUMERICAL_ERRORS:
+        return None
 
 
 def posterior_whitening(problem: Problem, size: int, with_units: bool) -> Whitening:
