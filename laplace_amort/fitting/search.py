@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -29,6 +28,8 @@ START_STEPS = 100
 
 # Optima of the start from which the ELBO is climbed.
 _CLIMBED = 3
+# How far beside a start, in unconstrained space, a saddle is left.
+_JITTER = 0.1
 # By how much logarithms of positive globals are lowered. With small scales of a hierarchy, units have one mode each.
 _LOWERED = 2.0
 # Standard deviations, and nats, within which two optima are one.
@@ -71,12 +72,21 @@ def _in_stages(history: History, objective: Objective, optimizer: Optimizer, sta
 def _from_any_of_these(history: History, objective: Objective, optimizer: Optimizer, start: Tensor) -> Maximum:
     """Maximize from a start, or if that comes to nothing from others; the first that converges, else the best."""
     found: list[Maximum] = []
-    for candidate in itertools.chain([start], other_starts(history.problem, start)):
+    for candidate in _one_after_another(history.problem, start, found):
         history.problem.place(candidate)
         found.append(_climbed(history, objective, optimizer))
         if found[-1].status in _FINAL:
             return found[-1]
     return max(found, key=lambda maximum: maximum.evaluation.value)
+
+
+def _one_after_another(problem: Problem, start: Tensor, found: list[Maximum]) -> Iterator[Tensor]:
+    """Yield a start, a point beside it if it was led to a saddle, as where the density is symmetric, and others."""
+    yield start
+    if found[0].status is FitStatus.NO_MAXIMUM:
+        jitter = torch.randn(start.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        yield start + _JITTER * jitter.to(start)  # always the same
+    yield from other_starts(problem, start)
 
 
 def _climbed_from(

@@ -29,6 +29,7 @@ from laplace_amort.linalg import Arrowhead, repair_tails
 from laplace_amort.model import (
     SubsampledPlate,
     UnitModel,
+    prior_for_parameter,
     simulated_units,
     takes_particles,
     unit_terms,
@@ -239,8 +240,13 @@ class Problem:
 
     @cached_property
     def kink(self) -> Kink | None:
-        """A kink of the density, looked for when it is asked for first; see :func:`find_kink`."""
-        return find_kink(self)
+        """A kink of the density through the first start, looked for when it is asked for first."""
+        memory = self.memory()
+        self.recall()
+        try:
+            return find_kink(self.unit_model, self.first_loc, self.start_at(self.first_loc))
+        finally:
+            self.recall(memory)
 
     @torch.no_grad()
     def kinks(self, gaussian: LaplaceGaussian) -> list[str]:
@@ -367,7 +373,7 @@ class Problem:
             raise ModelError(
                 f"this objective moves the latents of the model, and '{name}' is a parameter. Give it a prior, a flat "
                 "one if need be, or take the ELBO, which moves parameters too:\n"
-                f"    pyro.sample('{name}', dist.ImproperUniform(constraints.real, (), ()))\n"
+                f"{prior_for_parameter(self.unit_model.density, name)}"
                 "    fit(model, *args, objective=FixedDrawELBO())"
             )
 

@@ -121,6 +121,11 @@ class ModelRuns:
         leaves = {name: value.unconstrained() for name, value in params.items()}
         return {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
 
+    def parameter_shape(self, name: str) -> torch.Size:
+        """Return the shape of a parameter of the model, constrained."""
+        shape: torch.Size = self._first().nodes[name]["value"].shape
+        return shape
+
     def _run_first(self, indices: Indices) -> Any:
         """Trace the model at zero, with tensors for arrays where it does not run with these, or observes them.
 

@@ -216,7 +216,7 @@ def test_wrong_usage(capsys, directory, target, options, message):
         ("triple", DATA, "it returned a tuple of 5"),
         ("other_guide", DATA, "the guide an AutoLaplaceFamily; it is a int"),
         ("bare_argument", DATA, "args is a Tensor, write (data,) for one argument"),
-        ("minibatch", DATA, "On the command line: --objective stochastic"),
+        ("minibatch", (*DATA, "--objective", "ladder"), "On the command line: --objective stochastic"),
         ("model", (*DATA, "--unit-plate", "rows"), "On the command line: --unit-plate NAME"),
         (
             "model",
@@ -307,14 +307,17 @@ def test_without_a_check_nothing_is_known_to_be_good(capsys):
     assert "    laplace-amort fit ...   # without --objective and --no-check" in out
 
 
-def test_the_default_objective_follows_the_model(capsys):
-    code, out, _ = run(capsys, "with_parameter", *DATA, "--quiet")
-    assert code in (0, 4)
-    assert "\nfound by FixedDrawELBO(" in out
+@pytest.mark.parametrize(
+    ("target", "objective"), [("model", "Ladder"), ("with_parameter", "FixedDrawELBO"), ("minibatch", "Stochastic")]
+)
+def test_the_default_objective_follows_the_model(capsys, target, objective):
+    code, out, _ = run(capsys, target, *DATA, "--quiet")
+    assert code in (0, 4)  # as its verdict is
+    assert f"\nfound by {objective}(" in out
 
 
 def test_the_rows_of_a_table_become_columns_of_a_csv(capsys):
-    code, out, _err = run(capsys, "named", *DATA, "--no-check", "--quiet", "--format", "csv")
+    code, out, _ = run(capsys, "named", *DATA, "--no-check", "--quiet", "--format", "csv")
     assert code == 4
     rows = list(csv.DictReader(out.splitlines()))
     assert [(row["site"], row["element"]) for row in rows] == [

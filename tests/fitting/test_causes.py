@@ -41,8 +41,9 @@ from laplace_amort import (
     FixedDrawELBO,
     InformationError,
     MarginalLaplace,
-    MarginalQuadrature,
     ModelError,
+    QuasiNewton,
+    TrustRegion,
     fit,
 )
 
@@ -210,14 +211,13 @@ def test_globals_that_are_not_identified():
     assert fitted(functools.partial(undivided, prior=prior), MASKED).status.ok
 
 
-@pytest.mark.parametrize("objective", [MarginalLaplace(), MarginalQuadrature()], ids=repr)
-def test_a_search_of_few_steps(objective):
-    short = type(objective.default_optimizer)(max_steps=3)
-    result = fitted(counts, COUNTS, objective=objective, optimizer=short)
+@pytest.mark.parametrize("optimizer", [TrustRegion(max_steps=3), QuasiNewton(max_steps=3)], ids=repr)
+def test_a_search_of_few_steps(optimizer):
+    result = fitted(counts, COUNTS, objective=MarginalLaplace(), optimizer=optimizer)
     assert result.status is FitStatus.MAX_STEPS
     assert "the objective was still rising, by" in result.notes[-1]
-    asked = functools.partial(fit, objective=objective)
-    assert typed(result.notes[-1], "fit(", model=counts, args=(COUNTS,), fit=asked).status.ok
+    again = functools.partial(fit, objective=MarginalLaplace())
+    assert typed(result.notes[-1], "fit(", model=counts, args=(COUNTS,), fit=again).status.ok
 
 
 def far(y):
