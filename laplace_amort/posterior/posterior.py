@@ -37,10 +37,10 @@ __all__ = ["Posterior"]
 class Posterior(PosteriorDraws):
     r"""Weighted draws of the globals, and for each of them the units.
 
-    What :attr:`FitResult.posterior` is. All values are those of the sites in constrained space, in the dtype of the
+    What :attr:`~laplace_amort.FitResult.posterior` is. All values are those of the sites in constrained space, in the dtype of the
     model; they are computed in double precision, in which ``gaussian`` and ``globals_`` are.
 
-    Do not rely on it where :attr:`k_hat` is above 0.7, or where :func:`~laplace_amort.diagnose` says so.
+    Do not rely on it where :attr:`k_hat` is above 0.7, or where the verdict of the fit says so.
 
     :param Problem problem: the model at the data of the fit.
     :param LaplaceGaussian gaussian: the Gaussian that the draws of the globals come from, with the units in question.
