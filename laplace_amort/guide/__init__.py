@@ -2,27 +2,22 @@
 
 from laplace_amort.guide import routes
 from laplace_amort.guide.auto import AutoLaplaceFamily
-from laplace_amort.guide.collapse import Collapse, find_collapse
-from laplace_amort.guide.flat import FlatLatent, find_flat_latent
+from laplace_amort.guide.collapse import find_collapse
+from laplace_amort.guide.flat import find_flat_latent
 from laplace_amort.guide.gaussian import LaplaceGaussian, is_elementwise, is_exponential, is_identity, of_one_event
 from laplace_amort.guide.heads import Head, JointCurvature, KnownCurvature, MarginalCurvature
-from laplace_amort.guide.kinks import Kink, find_kink
 from laplace_amort.guide.own import KNOWN_SETTINGS, PLAIN_SETTINGS, own_guide
 from laplace_amort.guide.params import dual_path_param
 from laplace_amort.guide.problem import Problem
-from laplace_amort.guide.rounding import Coarseness, find_coarseness
+from laplace_amort.guide.rounding import find_coarseness
 from laplace_amort.guide.vector import set_vector, to_vector
 
 __all__ = [
     "KNOWN_SETTINGS",
     "PLAIN_SETTINGS",
     "AutoLaplaceFamily",
-    "Coarseness",
-    "Collapse",
-    "FlatLatent",
     "Head",
     "JointCurvature",
-    "Kink",
     "KnownCurvature",
     "LaplaceGaussian",
     "MarginalCurvature",
@@ -31,7 +26,6 @@ __all__ = [
     "find_coarseness",
     "find_collapse",
     "find_flat_latent",
-    "find_kink",
     "is_elementwise",
     "is_exponential",
     "is_identity",

@@ -14,16 +14,14 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from laplace_amort.autodiff import local_information
 from laplace_amort.errors import NUMERICAL_ERRORS
-
-if TYPE_CHECKING:
-    from laplace_amort.guide.problem import Problem
+from laplace_amort.model import UnitModel
 
 __all__ = ["Kink", "find_kink"]
 
@@ -63,27 +61,23 @@ class Kink(NamedTuple):
 
 
 @torch.no_grad()
-def find_kink(problem: Problem) -> Kink | None:
-    """Look for a kink along lines through the first start: one in each unit, and one for each site of the globals.
+def find_kink(model: UnitModel, global_: Tensor, local: Tensor) -> Kink | None:
+    """Look for a kink along lines through a point: one in each unit, and one for each site of the globals.
 
     It costs about a hundred evaluations for each; do not use it before something has gone wrong. A kink that no line
     crosses is not seen.
 
-    :param Problem problem: the model at its data.
+    :param UnitModel model: the model at its data.
+    :param Tensor global_: where the lines cross, ``(d,)``.
+    :param Tensor local: ``(N, k)``.
     """
-    memory = problem.memory()
     try:
-        problem.recall()
-        global_, local = problem.first_loc, problem.start_at(problem.first_loc)
-        return _of_units(problem, global_, local) or _of_globals(problem, global_, local)
+        return _of_units(model, global_, local) or _of_globals(model, global_, local)
     except NUMERICAL_ERRORS:
         return None
-    finally:
-        problem.recall(memory)
 
 
-def _of_units(problem: Problem, global_: Tensor, local: Tensor) -> Kink | None:
-    model = problem.unit_model
+def _of_units(model: UnitModel, global_: Tensor, local: Tensor) -> Kink | None:
     _, tail = local_information(model.log_joint, global_, local)
     direction = _sds(tail.diagonal(dim1=-2, dim2=-1))  # (N, k)
 
@@ -99,30 +93,30 @@ def _of_units(problem: Problem, global_: Tensor, local: Tensor) -> Kink | None:
     return Kink(model.describe(unit), float(share[unit]), int((share > 0).sum()))
 
 
-def _of_globals(problem: Problem, global_: Tensor, local: Tensor) -> Kink | None:
+def _of_globals(model: UnitModel, global_: Tensor, local: Tensor) -> Kink | None:
     begin, found = 0, list[Kink]()
-    for name, site in problem.unit_model.layout.global_sites.items():
+    for name, site in model.layout.global_sites.items():
         direction = torch.zeros_like(global_)
         direction[begin : begin + site.shape.numel()] = 1.0
         begin += site.shape.numel()
-        _, bend = _along(problem, global_, local, direction)
+        _, bend = _along(model, global_, local, direction)
         direction = direction * _sds(-bend)
-        share = _jumps(functools.partial(_line, problem, global_, local, direction), global_.new_zeros(1))
+        share = _jumps(functools.partial(_line, model, global_, local, direction), global_.new_zeros(1))
         found.append(Kink(f"'{name}'", float(share), 0))
     worst = max(found, key=lambda kink: kink.share, default=None)
     return worst if worst and worst.share > 0 else None
 
 
-def _line(problem: Problem, global_: Tensor, local: Tensor, direction: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
-    slope, bend = _along(problem, global_ + steps * direction, local, direction)
+def _line(model: UnitModel, global_: Tensor, local: Tensor, direction: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
+    slope, bend = _along(model, global_ + steps * direction, local, direction)
     return slope[None], bend[None]
 
 
 @torch.enable_grad()
-def _along(problem: Problem, global_: Tensor, local: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
+def _along(model: UnitModel, global_: Tensor, local: Tensor, direction: Tensor) -> tuple[Tensor, Tensor]:
     """Slope and bend of the log joint along a direction of the globals, each a scalar."""
     theta = global_.detach().requires_grad_()
-    (gradient,) = torch.autograd.grad(problem.unit_model.log_joint(theta, local), theta, create_graph=True)
+    (gradient,) = torch.autograd.grad(model.log_joint(theta, local), theta, create_graph=True)
     slope = (gradient * direction).sum()
     if not slope.requires_grad:
         return slope, torch.zeros_like(slope)

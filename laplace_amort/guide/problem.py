@@ -240,8 +240,12 @@ class Problem:
 
     @cached_property
     def kink(self) -> Kink | None:
-        """A kink of the density, looked for when it is asked for first; see :func:`find_kink`."""
-        return find_kink(self)
+        """A kink of the density near the first start, looked for when it is asked for first; see :func:`find_kink`."""
+        memory = self.memory()
+        self.recall()
+        start = self.start_at(self.first_loc)
+        self.recall(memory)
+        return find_kink(self.unit_model, self.first_loc, start)
 
     @torch.no_grad()
     def kinks(self, gaussian: LaplaceGaussian) -> list[str]:
