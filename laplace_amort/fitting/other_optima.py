@@ -4,22 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import numpy
 from pyro.infer.autoguide.initialization import init_to_sample
 from torch import Tensor
 
 from laplace_amort.fitting.evaluation import Evaluation, Maximum
+from laplace_amort.fitting.found import Found
 from laplace_amort.fitting.objectives.laplace import LaplaceFunction, MarginalLaplace
 from laplace_amort.fitting.optimizers import TrustRegion
 from laplace_amort.fitting.search import random_starts
 from laplace_amort.guide import Problem
 from laplace_amort.linalg import Whitening
 from laplace_amort.types import Vector
-
-if TYPE_CHECKING:
-    from laplace_amort.fitting.result import FitResult
 
 __all__ = ["other_optimum"]
 
@@ -35,13 +32,13 @@ _APART = 1.0
 _COVERED = 0.3
 
 
-def other_optimum(result: FitResult) -> float:
+def other_optimum(result: Found) -> float:
     """Return the share of the mass at the best other mode of the globals that the draws of a posterior leave out.
 
     It climbs the Laplace approximation of the marginal density from the mirror image of where the fit stands and from
     a few starts at random, and takes few more evaluations than the fit did. Do not take 0 for a proof.
 
-    :param FitResult result: the fit.
+    :param Found result: the fit.
     """
     problem = result.problem
     if not len(problem.loc) or problem.model_parameters:
@@ -105,7 +102,7 @@ class _Counted:
         )
 
 
-def _left_out(result: FitResult, here: Maximum, other: Maximum) -> float:
+def _left_out(result: Found, here: Maximum, other: Maximum) -> float:
     """Return the share of the mass at another optimum that the draws do not have, both optima taken for normal."""
     about = Whitening.of_information(_information(other))
     if about.distance(here.point - other.point) < _APART:

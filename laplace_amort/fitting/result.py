@@ -11,23 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from pyro.infer import Predictive
-from torch import Tensor
 
 from laplace_amort.errors import NUMERICAL_ERRORS, LaplaceAmortError
 from laplace_amort.evidence import heavy_tails
 from laplace_amort.fitting import shown
 from laplace_amort.fitting.evaluation import FitStatus
+from laplace_amort.fitting.found import Found
 from laplace_amort.fitting.history import Step
 from laplace_amort.fitting.judge import judge
-from laplace_amort.fitting.objectives.base import Objective
 from laplace_amort.fitting.objectives.elbo import FixedDrawELBO
 from laplace_amort.fitting.objectives.ladder import Ladder
-from laplace_amort.fitting.objectives.quadrature import MarginalQuadrature
-from laplace_amort.fitting.records import KNOWN, Optimum, Saved
+from laplace_amort.fitting.records import KNOWN, Saved
 from laplace_amort.fitting.saving import read, write
 from laplace_amort.fitting.stored import content_of, load_line, revived, saved_in, without_model
 from laplace_amort.fitting.verdict import Errors, Judgement, Verdict
-from laplace_amort.guide import AutoLaplaceFamily, LaplaceGaussian, Problem
+from laplace_amort.guide import AutoLaplaceFamily
 from laplace_amort.linalg import RepairReport
 from laplace_amort.posterior import (
     PROBABILITIES,
@@ -39,7 +37,6 @@ from laplace_amort.posterior import (
     Units,
     records_frame,
 )
-from laplace_amort.units import Laplace, QuadratureRule
 
 __all__ = ["FitResult", "load_saved"]
 
@@ -48,8 +45,8 @@ _NOT_PLAIN = {"guide", "problem", "gaussian", "in_double", "sampled", "saved", "
 _NO_GRADIENT = 1e-6  # standard deviations below which a gradient is none, and its digits are rounding errors
 
 
-@dataclass(frozen=True)
-class FitResult:
+@dataclass(frozen=True, repr=False)
+class FitResult(Found):
     """What :func:`~laplace_amort.fit` returns; ``print(result)`` shows it.
 
     :param FitStatus status: how the fit ended, a sentence; ``status.ok`` if it converged.
@@ -76,39 +73,6 @@ class FitResult:
     :param Posterior sampled: the posterior, where the fit has found it on its way; else None.
     """
 
-    status: FitStatus
-    guide: AutoLaplaceFamily
-    objective: float
-    standard_error: float
-    gradient_norm: float
-    num_draws: int
-    history: list[Step]
-    timings: dict[str, float]
-    optima: list[Optimum]
-    notes: list[str]
-    gaussian: LaplaceGaussian | None
-    saved: Any = field(repr=False)
-    maximized: Objective = field(repr=False)
-    problem: Problem = field(repr=False)
-    seed: int = field(repr=False)
-    asked: Objective = field(repr=False)
-    check: bool = field(default=True, repr=False)
-    in_double: LaplaceGaussian | None = field(default=None, repr=False)
-    sampled: Posterior | None = field(default=None, repr=False, compare=False)
-
-    @cached_property
-    def posterior(self) -> Posterior:
-        """The posterior for use: draws, moments and quantiles, as good as the objective of the fit knows it.
-
-        Of an ELBO it is the guide itself. Of a marginal density, the globals are drawn by importance sampling, which
-        takes some hundred evaluations the first time.
-
-        :raises ValueError: if the fit ended where there is no posterior.
-        """
-        if self.sampled is not None:
-            return dataclasses.replace(self.sampled, gaussian=self.exact_gaussian())
-        return self.maximized.posterior(self.problem, self.exact_gaussian(), self.seed)
-
     @cached_property
     def judgement(self) -> Judgement:
         """The verdict with what it rests on, and the line to type next; looked at when it is first asked for."""
@@ -123,40 +87,6 @@ class FitResult:
     def errors(self) -> Errors | None:
         """How far off the posterior may be, as estimated; None where there was nothing to compare it with."""
         return self.judgement.errors
-
-    @property
-    def rule(self) -> QuadratureRule:
-        """How the objective integrates over units: of all but a quadrature, one point each."""
-        return self.maximized.rule if isinstance(self.maximized, MarginalQuadrature) else Laplace()
-
-    @property
-    def head_report(self) -> RepairReport | None:
-        """What was repaired in the precision of the globals."""
-        return None if self.gaussian is None else self.gaussian.head_report
-
-    @property
-    def tail_report(self) -> RepairReport | None:
-        """What was repaired in the precisions of the units."""
-        return None if self.gaussian is None else self.gaussian.tail_report
-
-    @property
-    def seconds(self) -> float:
-        """Seconds in all."""
-        return sum(self.timings.values())
-
-    def standard_errors(self) -> dict[str, Tensor]:
-        r"""Return standard deviations of all latents in unconstrained space, by site, in its unconstrained shape.
-
-        They are those of ``gaussian``, the Gaussian approximation at the optimum; ``posterior.std()`` has those of the
-        posterior, in constrained space.
-        Those of the units are the roots of the diagonals of :math:`U_i^{-1} + W_i S^{-1} W_i^\top`: the delta method,
-        the dependence of the mode on the globals included.
-
-        :raises ValueError: if the fit ended where there is no posterior.
-        """
-        gaussian = self.exact_gaussian()
-        variances = gaussian.precision.global_variance(), gaussian.precision.local_variance()
-        return self.problem.rounded(gaussian.unit_model.layout.to_sites(*(part.sqrt() for part in variances)))
 
     def table(self, quantiles: Sequence[float] = PROBABILITIES) -> GlobalsTable:
         """Return the table of the globals that ``print(result)`` shows: that of :meth:`Posterior.table`.
@@ -337,15 +267,6 @@ class FitResult:
         if model is None:
             return StoredResult(**without_model(content, path), content=content, path=str(path))
         return FitResult(**revived(content, path, model, guide, args, kwargs))
-
-    def exact_gaussian(self) -> LaplaceGaussian:
-        """Return the posterior as it was computed: in double precision, whatever the dtype of the model.
-
-        :raises ValueError: if the fit ended where there is no posterior.
-        """
-        if self.gaussian is None:
-            raise ValueError(f"there is no posterior: {self.status}")
-        return self.in_double or self.gaussian
 
 
 def _repaired(what: str, report: RepairReport) -> str:

@@ -67,8 +67,8 @@ def find_kink(model: UnitModel, global_: Tensor, local: Tensor) -> Kink | None:
     It costs about a hundred evaluations for each; do not use it before something has gone wrong. A kink that no line
     crosses is not seen.
 
-    :param UnitModel model: the model at its data.
-    :param Tensor global_: where the lines cross, ``(d,)``.
+    :param UnitModel model: at its data.
+    :param Tensor global_: ``(d,)``.
     :param Tensor local: ``(N, k)``.
     """
     try:

@@ -240,12 +240,13 @@ class Problem:
 
     @cached_property
     def kink(self) -> Kink | None:
-        """A kink of the density near the first start, looked for when it is asked for first; see :func:`find_kink`."""
+        """A kink of the density through the first start, looked for when it is asked for first."""
         memory = self.memory()
         self.recall()
-        start = self.start_at(self.first_loc)
-        self.recall(memory)
-        return find_kink(self.unit_model, self.first_loc, start)
+        try:
+            return find_kink(self.unit_model, self.first_loc, self.start_at(self.first_loc))
+        finally:
+            self.recall(memory)
 
     @torch.no_grad()
     def kinks(self, gaussian: LaplaceGaussian) -> list[str]:
