@@ -4,6 +4,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 
+from helpers import causes
 from helpers.fit_models import (
     ANSWERS,
     SCHOOLS,
@@ -254,6 +255,10 @@ FIT_MESSAGES = {
         flat, Z, objective=MarginalQuadrature()
     ),
     "START_FAILED: not begun: the objective does not exist at the start nor near it": lambda: fitted(nowhere, Z),
+    "KINKED: not converged: the density has a kink": lambda: fitted(causes.errors, causes.TIMES),
+    "COLLAPSED: not converged: a scale ran to zero together with the globals that it is the scale of": lambda: fitted(
+        causes.crossed, causes.ANSWERS, objective=MarginalLaplace()
+    ),
     "INTERRUPTED: interrupted: the guide stands at the best point found": interrupted,
     "ValueError: there is no posterior": no_posterior,
     "note: every evaluation ran the model in Python, which takes longer: the model takes the value": lambda: fitted(
@@ -267,6 +272,14 @@ FIT_MESSAGES = {
         only_single, Z.float()
     ),
     "note: the last point without an objective": lambda: fitted(nowhere, Z),
+    "note: neither data nor prior say anything of '...' in unit": lambda: fitted(causes.hidden_prior, causes.MASKED),
+    "note: the log joint has rounding errors of": lambda: fitted(
+        causes.in_single, causes.HEIGHT, causes.YEAR, objective=MarginalLaplace(), optimizer=TrustRegion(max_steps=30)
+    ),
+    "note: after ... evaluations the objective was still rising": lambda: fitted(
+        causes.counts, causes.COUNTS, objective=MarginalLaplace(), optimizer=TrustRegion(max_steps=2)
+    ),
+    "note: nothing else was found to be wrong.": lambda: fitted(nowhere, Z),
     "note: flattest is the direction": lambda: fitted(flat, Z, objective=MarginalQuadrature()),
     "note: the curvature of ... changes by ... % within": lambda: fitted(kinked, Z, objective=MarginalLaplace()),
     "ResumeError: the saved fit went another way than this one": another_fit,
