@@ -171,7 +171,7 @@ def refuse_lost_units(problem: Problem, found: Integrals) -> None:
         raise ModeNotFoundError(
             f"the conditional mode was not found for {len(lost)} of {found.lost.shape[1]} units, the first of them "
             f"{problem.unit_model.describe(lost[0])}. Did the globals run away? Start elsewhere:\n"
-            "    fit(model, guide, *args, starts=20)",
+            "    fit(model, *args, starts=20)",
             units=problem.unit_model.units[lost].tolist(),
             status=[ModeStatus.MAX_STEPS] * len(lost),
         )
