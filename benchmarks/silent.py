@@ -148,7 +148,7 @@ def _misses_of_quantiles(posterior: Any, known: dict[str, Any]) -> dict[str, flo
     frame = {name: to_list(value) for name, value in zip(*_quantiles(posterior), strict=True)}
     found = {}
     for place, name in enumerate(known["names"]):
-        if known["heavy"][place]:
+        if known["heavy"][place] and name in frame:  # a table leaves out what follows from others
             for which, (low, high) in enumerate(known["quantiles"][place]):
                 middle = (low + high) / 2
                 found[f"{100 * PROBABILITIES[which]:g}% of {name}"] = (
