@@ -25,6 +25,7 @@ from laplace_amort import (
     FitResult,
     FixedDrawELBO,
     JointCurvature,
+    Ladder,
     MarginalCurvature,
     MarginalLaplace,
 )
@@ -32,6 +33,7 @@ from laplace_amort import fit as fit_guide
 
 # Objective and head of the guide, by label.
 CASES = {
+    "ladder": (Ladder(), JointCurvature()),
     "marginal Laplace": (MarginalLaplace(), JointCurvature()),
     "ELBO, joint head": (FixedDrawELBO(), JointCurvature()),
     "ELBO, marginal head": (FixedDrawELBO(), MarginalCurvature()),

@@ -33,6 +33,7 @@ DF = 5.0
 LEAST_ROUNDS, ROUNDS, ROUND, HALF, MOST_HALVES = 3, 8, 1024, 2048, 8
 ENOUGH = 2500  # effective draws, for a standard error of a mean of 0.02 standard deviations
 COMPONENTS, ATTEMPTS = 8, 3
+UNITS = 40  # whose moments are kept, at most
 PROBABILITIES = (0.05, 0.5, 0.95)
 AROUND = (0.02, 0.04, 0.02)  # of a probability that a quantile may miss its own by
 
@@ -314,7 +315,7 @@ class Gold:
     :param int nodes: of the rule, along each dimension.
     :param float settled: standard deviation over the posterior by which a finer rule moves the log density.
     :param float missed: the largest difference of a log integral from draws, in nats beyond four standard errors.
-    :param dict units: mean and standard deviation by site, flat.
+    :param dict units: mean and standard deviation by site, of the first units, flat.
     :param float log_evidence: up to the constants that the density leaves out.
     :param float checksum: sum of the observations, so that other data are noticed.
     :param float seconds: of CPU.
@@ -558,5 +559,5 @@ def _unit_moments(density: Hierarchy, units: Units, y: Array, nodes: int) -> dic
         if site.fixed is not None:
             mean = mean + element(values, site.fixed)[:, None, None]
         sd = np.sqrt(variance.mean(0) + mean.var(0))
-        found[name] = [mean.mean(0).ravel().tolist(), sd.ravel().tolist()]
+        found[name] = [part[:UNITS].ravel().tolist() for part in (mean.mean(0), sd)]
     return found

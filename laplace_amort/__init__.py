@@ -50,9 +50,11 @@ __all__ = [  # noqa: RUF022
     "ModeWarning",
     "ModelError",
     "ModifiedCholesky",
+    "NeedsModelError",
     "NestedELBO",
     "NewtonMode",
     "NoRepair",
+    "NormalPoints",
     "NotPositiveDefiniteError",
     "Optimum",
     "PathError",
@@ -111,6 +113,7 @@ if TYPE_CHECKING:
         ModeNotFoundError,
         ModeWarning,
         ModelError,
+        NeedsModelError,
         NotPositiveDefiniteError,
         PathError,
         PathLeakError,
@@ -144,7 +147,7 @@ if TYPE_CHECKING:
         Posterior,
         SeenUnits,
     )
-    from laplace_amort.units import ClosedFormMode, FreeMode, GaussHermite, NewtonMode, StudentPoints
+    from laplace_amort.units import ClosedFormMode, FreeMode, GaussHermite, NewtonMode, NormalPoints, StudentPoints
 else:
     __getattr__, __dir__ = opened_on_demand(
         __name__,
@@ -153,8 +156,8 @@ else:
             "dual_path observed_information subsample_information",
             "diagnostics": "Diagnosis Finding Level diagnose",
             "errors": "GuideCheckError InformationError LaplaceAmortError ModeNotFoundError ModeWarning ModelError "
-            "NotPositiveDefiniteError PathError PathLeakError PathMissingWarning RecordingError ResumeError "
-            "StructureError",
+            "NeedsModelError NotPositiveDefiniteError PathError PathLeakError PathMissingWarning RecordingError "
+            "ResumeError StructureError",
             "fitting": "Errors FitResult FitStatus FixedDrawELBO Judgement Ladder MarginalLaplace MarginalQuadrature "
             "NestedELBO Optimum QuasiNewton Reason Step Stochastic TrustRegion Verdict fit",
             "guide": "AutoLaplaceFamily JointCurvature LaplaceGaussian MarginalCurvature dual_path_param routes",
@@ -162,7 +165,7 @@ else:
             "model": "LogJoint UnitLayout",
             "posterior": "ConditionalLikelihood ConditionedUnits GlobalsTable MarginalLikelihood NewUnits Posterior "
             "SeenUnits",
-            "units": "ClosedFormMode FreeMode GaussHermite NewtonMode StudentPoints",
+            "units": "ClosedFormMode FreeMode GaussHermite NewtonMode NormalPoints StudentPoints",
         },
     )
 # isort: on

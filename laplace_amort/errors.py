@@ -11,10 +11,12 @@ __all__ = [
     "NUMERICAL_ERRORS",
     "GuideCheckError",
     "InformationError",
+    "KinkError",
     "LaplaceAmortError",
     "ModeNotFoundError",
     "ModeWarning",
     "ModelError",
+    "NeedsModelError",
     "NotPositiveDefiniteError",
     "PathError",
     "PathLeakError",
@@ -70,6 +72,10 @@ class ResumeError(LaplaceAmortError, ValueError):
     """A fit cannot go on from what was saved, because it is the state of another fit."""
 
 
+class NeedsModelError(LaplaceAmortError, RuntimeError):
+    """Something was asked of a fit that was read from a file, and the model is needed for it."""
+
+
 class ModeNotFoundError(LaplaceAmortError, ArithmeticError):
     """The conditional mode of some units was not found.
 
@@ -82,6 +88,10 @@ class ModeNotFoundError(LaplaceAmortError, ArithmeticError):
         super().__init__(message)
         self.units = list(units)
         self.status = list(status)
+
+
+class KinkError(ModelError):
+    """A density has a kink, where second derivatives say nothing; the message names the unit or the global."""
 
 
 class ModeWarning(UserWarning):

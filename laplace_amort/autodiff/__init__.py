@@ -21,7 +21,7 @@ from laplace_amort.autodiff.paths import CURVATURE, DualPath, DualPathParam, dua
 from laplace_amort.autodiff.points import fixed_normal, nearby
 from laplace_amort.autodiff.recorded_information import record_information
 from laplace_amort.autodiff.recording import Recording, record
-from laplace_amort.autodiff.structure import check_structure
+from laplace_amort.autodiff.structure import as_one_unit, check_structure
 
 __all__ = [
     "CURVATURE",
@@ -37,6 +37,7 @@ __all__ = [
     "SeparableDensity",
     "ancestors_of",
     "arrowhead_information",
+    "as_one_unit",
     "at_points",
     "check_paths",
     "check_structure",

@@ -27,11 +27,14 @@ class Run(NamedTuple):
     :param str looked: the operation that took a value out of torch which follows from an argument, as a branch of
         Python does; empty if none did.
     :param int num_bytes: memory that the results of all operations take.
+    :param list follows: for each tensor in the result, whether it follows from an argument by operations that return
+        new tensors, also by such as no graph holds.
     """
 
     result: Any
     looked: str
     num_bytes: int
+    follows: list[bool]
 
 
 def watched(function: Callable[..., Any], *arguments: Tensor) -> Run:
@@ -43,7 +46,7 @@ def watched(function: Callable[..., Any], *arguments: Tensor) -> Run:
     seen = _Watching(arguments)
     with seen, _Reading(seen):
         result = function(*arguments)
-    return Run(result, seen.looked, seen.num_bytes)
+    return Run(result, seen.looked, seen.num_bytes, [seen._follows(part) for part in tree_leaves(result)])
 
 
 class _Watching(TorchDispatchMode):

@@ -16,7 +16,7 @@ from laplace_amort.autodiff.points import fixed_normal
 from laplace_amort.errors import InformationError, StructureError
 from laplace_amort.types import Density
 
-__all__ = ["check_structure"]
+__all__ = ["as_one_unit", "check_structure"]
 
 # What a product may be off, relative to the sum of absolute values: rounding error to this power.
 _SHARE = 0.4
@@ -48,13 +48,12 @@ def check_structure(
 
         >>> import torch
         >>> walk = lambda mu, y: -((y[0] - mu) ** 2).sum() - ((y[1:] - y[:-1]) ** 2).sum()
-        >>> check_structure(walk, torch.zeros(1), torch.zeros(3, 1), names=["state"])
-        Traceback (most recent call last):
-            ...
-        laplace_amort.errors.StructureError: units are not independent of each other given the globals: 'state' of unit
-        0 and 'state' of unit 1 have a second derivative of 2 (3 of 3 units are coupled, by 'state'), so the information
-        is no block arrowhead. Sample what couples them outside of the plate of the units, where it is global; a
-        chain of states is for pyro.infer.autoguide.AutoGaussian
+        >>> try:
+        ...     check_structure(walk, torch.zeros(1), torch.zeros(3, 1), names=["state"])
+        ... except StructureError as error:
+        ...     print(str(error).partition(", so")[0])
+        units are not independent of each other given the globals: 'state' of unit 0 and 'state' of unit 1 have a second
+        derivative of 2 (3 of 3 units are coupled, by 'state')
     """
     with torch.no_grad():
         slopes = first_derivatives(log_joint, global_, local)
@@ -101,7 +100,25 @@ def _raise_coupled(slopes: FirstDerivatives, wrong: Tensor, names: Sequence[str]
         f"units are not independent of each other given the globals: {names[one]} of unit {unit} and {names[other]} of "
         f"unit {partner} have a second derivative of {-float(row[one]):.4g} ({int(wrong.any(1).sum())} of {num_units} "
         f"units are coupled, by {where}), so the information is no block arrowhead. Sample what couples them outside "
-        "of the plate of the units, where it is global; a chain of states is for pyro.infer.autoguide.AutoGaussian"
+        f"of the plate of the units, where it is global. {as_one_unit(wrong.numel())}"
+    )
+
+
+def as_one_unit(number: int) -> str:
+    """Say how a chain or a field is written so that it is fitted, and what that costs.
+
+    :param int number: of its elements.
+    """
+    return (
+        "A chain or a field, whose elements depend on each other, is one unit in a plate of size 1. That takes a dense "
+        f"matrix of its {number} elements in every step: seconds for up to a hundred of them, minutes for several "
+        "hundred. Of a random walk:\n"
+        "    with pyro.plate('one', 1):\n"
+        f"        e = pyro.sample('e', dist.Normal(0., 1.).expand([{number}]).to_event(1))\n"
+        "        walk = sd.unsqueeze(-1) * e.cumsum(-1)\n"
+        "        # of a field: pyro.sample('field', dist.MultivariateNormal(mean, covariance))\n"
+        "        pyro.sample('data', dist.Poisson(walk.exp()).to_event(1), obs=data)\n"
+        "    fit(model, *args, objective=MarginalLaplace())"
     )
 
 

@@ -25,7 +25,7 @@ def check_outputs(options: argparse.Namespace) -> None:
             raise UsageError(f"--output {path} must end in one of {', '.join(sorted(_FORMATS))}")
         _check_new(path, "the output", options.overwrite)
     if options.save:
-        _check_new(options.save, "the state of the fit", options.overwrite or options.save == options.resume)
+        _check_new(options.save, "the result", options.overwrite or options.save == options.resume)
     if options.resume and not options.resume.is_file():
         raise UsageError(f"there is no file {options.resume} to resume from")
     formats = {path.suffix.lower() for path in options.output}

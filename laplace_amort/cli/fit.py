@@ -39,8 +39,8 @@ On standard output: how far to trust the posterior, with estimated errors and th
 deviation and quantiles of the globals, and how they were found. Progress and complaints go to standard error. After
 Ctrl-C what was found until then is shown and written; with --save it can go on:
 
-  laplace-amort fit mymodel.py:model --data trial.csv --save fit.pt
-  laplace-amort fit mymodel.py:model --data trial.csv --resume fit.pt
+  laplace-amort fit mymodel.py:model --data trial.csv --save fit.laf
+  laplace-amort fit mymodel.py:model --data trial.csv --resume fit.laf
 """
 
 
@@ -100,7 +100,7 @@ def _add_output_options(group: Any) -> None:
                        help="write the table (.csv) or draws for ArviZ (.nc); may be repeated")  # fmt: skip
     group.add_argument("--draws", type=positive, metavar="N", help="draws in the .nc file (default 1000)")
     group.add_argument("--plot", type=Path, metavar="FILE", help="plot the marginals of the globals (.png, .pdf, ...)")
-    group.add_argument("--save", type=Path, metavar="FILE", help="keep what a later fit needs to go on")
+    group.add_argument("--save", type=Path, metavar="FILE", help="keep the result, for --resume and FitResult.load")
     group.add_argument("--overwrite", action="store_true", help="write over files that are there")
     group.add_argument("--quiet", action="store_true", help="nothing on standard error but complaints")
 

@@ -18,6 +18,9 @@ from laplace_amort.cli.exits import Exit, complain
 
 __all__ = ["Report", "as_options", "diagnosis_text"]
 
+# The line that a verdict says to type where the defaults are better.
+_BARE = "fit(model, *args)"
+
 
 class Report:
     """What is to be shown of a fit.
@@ -42,14 +45,23 @@ class Report:
 
     def text(self) -> str:
         """Return the verdict, the tables and how they were found."""
-        parts = [str(self.result)]
+        parts = [self._typed(str(self.result))]
         if self.options.units and self.table is not None:
             parts.append(_units_text(self._units_frame()))
         return "\n\n".join(parts)
 
     def words(self) -> str:
         """Return what stands around the table of the globals."""
-        return f"{self.result.judgement}\n\n{self.result.how()}"
+        return self._typed(f"{self.result.judgement}\n\n{self.result.how()}")
+
+    def _typed(self, text: str) -> str:
+        """Put options of this command in the place of the lines of Python that a verdict says to type."""
+        for reason in self.result.judgement.reasons:
+            if reason.advice == _BARE:
+                text = text.replace(_BARE, "laplace-amort fit ...   # without --objective and --no-check")
+            elif reason.advice.startswith("fit(") and as_options(reason.advice):
+                text = text.replace(reason.advice, f"laplace-amort fit ... {as_options(reason.advice)}")
+        return text
 
     def csv(self) -> str:
         """Return one line for each number: ``site``, ``unit``, ``element``, mean, standard deviation and quantiles."""

@@ -7,7 +7,7 @@ import dataclasses
 import numpy
 
 from laplace_amort.posterior import NestedUnits, Posterior, WeightedUnits, log_densities, marginal_sample
-from laplace_amort.units import GRID_DIM, GaussHermite, Laplace, QuadratureRule, StudentPoints
+from laplace_amort.units import Laplace, QuadratureRule, accurate_rule
 
 __all__ = ["against_next", "next_rule"]
 
@@ -23,7 +23,7 @@ def next_rule(rule: QuadratureRule, local_dim: int) -> QuadratureRule:
     :param int local_dim: dimensions of a unit, ``k``.
     """
     if isinstance(rule, Laplace):
-        return GaussHermite(9 if local_dim <= 2 else 5) if local_dim <= GRID_DIM else StudentPoints(256)
+        return accurate_rule(local_dim)
     return rule.finer(local_dim)
 
 

@@ -10,7 +10,8 @@ from laplace_amort.fitting.objectives.nested import NestedELBO
 from laplace_amort.fitting.objectives.quadrature import MarginalQuadrature
 from laplace_amort.fitting.objectives.stochastic import Stochastic
 from laplace_amort.fitting.optimizers import QuasiNewton, TrustRegion
-from laplace_amort.fitting.result import FitResult, Optimum
+from laplace_amort.fitting.records import Optimum
+from laplace_amort.fitting.result import FitResult
 from laplace_amort.fitting.verdict import Errors, Judgement, Reason, Verdict
 
 __all__ = [

@@ -12,7 +12,7 @@ __all__ = ["Evaluation", "FitStatus", "Function", "Maximum"]
 
 
 class FitStatus(Status):
-    """How a fit ended; ``str(status)`` is the sentence that a user reads.
+    """How a fit ended; ``str(status)`` is the sentence that a user reads, and ``result.notes`` say why.
 
     Example::
 
@@ -21,28 +21,31 @@ class FitStatus(Status):
     """
 
     CONVERGED = 0, "converged: what is left of the gradient would move the optimum by less than the tolerance"
-    MAX_STEPS = 1, "not converged in the steps allowed: raise max_steps of the optimizer"
+    MAX_STEPS = 1, "not converged in the steps allowed"
     TOO_FEW_DRAWS = (
         2,
         "converged for its own draws only: others have their optimum elsewhere, so the guide fits badly in some of its "
-        "tails; integrate over the units: fit(model, guide, *args, objective=Ladder())",
+        "tails; integrate over the units: fit(model, *args, objective=Ladder())",
     )
     STUCK = (
         3,
-        "not converged: no step improves the objective although its gradient is not zero; see the history for where it "
-        "does not exist, and start elsewhere",
+        "not converged: no step improves the objective although its gradient is not zero",
     )
-    START_FAILED = 4, "not begun: the objective does not exist at the start nor near it; pass another init_loc_fn"
+    START_FAILED = 4, "not begun: the objective does not exist at the start nor near it"
     INTERRUPTED = 5, "interrupted: the guide stands at the best point found; go on with resume="
     NO_MAXIMUM = (
         6,
-        "not converged: at the best point the objective is flat or curves upwards in some direction; are the globals "
-        "identified?",
+        "not converged: at the best point the objective is flat or curves upwards in some direction",
     )
     COLLAPSED = (
         7,
-        "not converged: a scale ran to zero together with the global effects that it is the scale of, and the posterior "
-        "is elsewhere; take the ELBO: fit(model, *args, objective=FixedDrawELBO())",
+        "not converged: a scale ran to zero together with the globals that it is the scale of, and the posterior is "
+        "elsewhere",
+    )
+    KINKED = (
+        8,
+        "not converged: the density has a kink, as of abs, relu, clamp, max or a Laplace density, where curvatures say "
+        "nothing",
     )
 
     @property
@@ -94,3 +97,7 @@ class Maximum(NamedTuple):
     objective: Any = None
     notes: tuple[str, ...] = ()
     posterior: Any = None
+
+    def numbers(self) -> Maximum:
+        """Return the same without the objects that hold a model, or may be of a user's own class."""
+        return self._replace(objective=None, posterior=None)

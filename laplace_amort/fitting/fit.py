@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from pyro.infer.autoguide import AutoGuide
 
-from laplace_amort.errors import NUMERICAL_ERRORS, ModelError
-from laplace_amort.fitting.evaluation import FitStatus, Maximum
+from laplace_amort.errors import ModelError
+from laplace_amort.fitting.causes import causes
+from laplace_amort.fitting.evaluation import Maximum
 from laplace_amort.fitting.history import History, progress_bar
-from laplace_amort.fitting.identification import describe_flattest
-from laplace_amort.fitting.journal import Journal
-from laplace_amort.fitting.objectives.base import Objective
+from laplace_amort.fitting.journal import AT_START, Journal, same_start
+from laplace_amort.fitting.objectives.base import Objective, gaussian_at
 from laplace_amort.fitting.objectives.elbo import FixedDrawELBO
 from laplace_amort.fitting.objectives.ladder import Ladder
 from laplace_amort.fitting.objectives.laplace import MarginalLaplace
-from laplace_amort.fitting.objectives.stochastic import Stochastic, WalkState
+from laplace_amort.fitting.objectives.stochastic import Stochastic
 from laplace_amort.fitting.optimizers import Optimizer, TrustRegion
-from laplace_amort.fitting.result import FitResult, Optimum, load_saved
-from laplace_amort.fitting.search import START_STEPS, find_maxima, fresh_value, positive
+from laplace_amort.fitting.records import Optimum, Saved
+from laplace_amort.fitting.result import FitResult, load_saved
+from laplace_amort.fitting.search import START_STEPS, find_maxima, fresh_value
 from laplace_amort.guide import AutoLaplaceFamily, LaplaceGaussian, Problem, own_guide
 
 __all__ = ["fit"]
@@ -99,7 +101,7 @@ def fit(
     guide, args = _guide_and_arguments(model, guide, args)
     objective, optimizer = _as_they_are_now(objective, optimizer, num_draws)
     _check_settings(objective, optimizer, starts)
-    saved = _Saved() if resume is None else copy.deepcopy(load_saved(resume))
+    saved = Saved() if resume is None else copy.deepcopy(load_saved(resume))
     with torch.random.fork_rng(devices=[]), progress_bar(progress) as bar:
         torch.manual_seed(seed)
         history, saved = _set_up(guide, args, kwargs, seed, saved, bar)
@@ -122,18 +124,9 @@ def _default_objective(problem: Problem, optimizer: Optimizer | None) -> Objecti
     return FixedDrawELBO() if problem.model_parameters else Ladder()
 
 
-class _Saved(NamedTuple):
-    """What a later fit goes on from."""
-
-    start: Any = None
-    entries: list[tuple[str, Any]] | None = None
-    state: Any = None
-    walk: WalkState | None = None
-
-
 def _set_up(
-    guide: AutoLaplaceFamily, args: tuple[Any, ...], kwargs: dict[str, Any], seed: int, saved: _Saved, bar: Any
-) -> tuple[History, _Saved]:
+    guide: AutoLaplaceFamily, args: tuple[Any, ...], kwargs: dict[str, Any], seed: int, saved: Saved, bar: Any
+) -> tuple[History, Saved]:
     """Return the problem with all that a fit before has found of it, and what is saved, with the start."""
     begun = time.perf_counter()
     bar.set_description("set-up")
@@ -144,7 +137,8 @@ def _set_up(
     journal = Journal(saved.entries, saved.state, problem.memory, problem.recall)
     history = History(problem, journal, seed, bar, saved.walk)
     history.add_time("set-up", time.perf_counter() - begun)
-    journal.call(f"log joint {problem.log_joint_at_start():.17g}", lambda: None)  # so that no other model goes on
+    at_start = problem.log_joint_at_start()
+    same_start(journal.call(AT_START, lambda: at_start), at_start)  # so that no other model goes on
     return history, saved
 
 
@@ -154,8 +148,7 @@ def _maximized(
     """Return the optima, the best first, and the value at the best with its error if it is not what was maximized."""
     objective.check(history.problem)
     if isinstance(objective, Stochastic):
-        if history.walk is None:  # one minibatch tells where about the optimum is
-            find_maxima(history, MarginalLaplace(), TrustRegion(max_steps=START_STEPS))
+        find_maxima(history, MarginalLaplace(), TrustRegion(max_steps=START_STEPS))  # one minibatch tells where about
         return [objective.climb(history, objective.default_optimizer)], None
     history.problem.refuse_minibatch(
         f"and {type(objective).__name__} needs all of them in every evaluation. Leave subsample_size out of the model, "
@@ -164,7 +157,7 @@ def _maximized(
     maxima = find_maxima(history, objective, optimizer, starts)
     if history.problem.recheck():  # what was recorded was not the model everywhere: once again, without
         maxima = find_maxima(history, objective, optimizer)
-    if isinstance(objective, FixedDrawELBO) and maxima[0].status is not FitStatus.START_FAILED:
+    if isinstance(objective, FixedDrawELBO) and math.isfinite(maxima[0].evaluation.value):
         return maxima, fresh_value(history, objective)
     return maxima, None
 
@@ -177,13 +170,13 @@ def _result(
     objective: Objective,
     maxima: list[Maximum],
     value: tuple[float, float] | None,
-    saved: _Saved,
+    saved: Saved,
     check: bool,
 ) -> FitResult:
-    best, problem, asked = maxima[0], history.problem, objective
-    objective = best.objective or objective
+    best, problem, journal, asked = maxima[0], history.problem, history.journal, objective
+    objective, end = best.objective or objective, problem.state()[0]
     problem.hand_back()
-    gaussian = _gaussian(problem, objective, best)
+    gaussian = gaussian_at(problem, objective, best)
     given = gaussian if gaussian is None or problem.is_as_given else gaussian.to(problem.given, problem.dtype)
     found, error = value or (best.evaluation.value, best.evaluation.standard_error)
     return FitResult(
@@ -199,7 +192,7 @@ def _result(
         notes=_notes(history, best, gaussian),
         gaussian=given,
         in_double=None if given is gaussian else gaussian,
-        saved=_Saved(saved.start, history.journal.entries, history.journal.state, history.walk),
+        saved=Saved(saved.start, journal.entries, journal.state, history.walk, end, best.numbers()),
         maximized=objective,
         problem=problem,
         seed=history.seed,
@@ -207,16 +200,6 @@ def _result(
         check=check,
         sampled=best.posterior,
     )
-
-
-def _gaussian(problem: Problem, objective: Objective, maximum: Maximum) -> LaplaceGaussian | None:
-    """Return the posterior where the guide stands; None where there is none."""
-    try:
-        with torch.no_grad():
-            gaussian = objective.gaussian(problem, maximum)
-            return dataclasses.replace(gaussian, unit_model=problem.unit_model.live())
-    except NUMERICAL_ERRORS:
-        return None
 
 
 def _optimum(problem: Problem, maximum: Maximum) -> Optimum:
@@ -245,19 +228,7 @@ def _notes(history: History, maximum: Maximum, gaussian: LaplaceGaussian | None)
             "    torch.where(mu > 0, a, b)      # for: a if mu > 0 else b\n"
             "    p[..., 0] = y[..., unit]       # for: p[0] = y[unit]"
         )
-    failures = [maximum.evaluation.failure, *(step.problem for step in history.steps[::-1])]
-    failure = next((failure for failure in failures if failure), "")
-    if failure and not maximum.status.ok:
-        notes.append(f"the last point without an objective: {_in_short(failure)}")
-    if maximum.status is FitStatus.NO_MAXIMUM and maximum.evaluation.information is not None:
-        signs = positive(problem).tolist()
-        notes.append(describe_flattest(problem.global_elements(), signs, maximum.evaluation.information))
-    return notes if gaussian is None else notes + problem.kinks(gaussian)
-
-
-def _in_short(failure: str) -> str:
-    """Return the sentence and the first unit, without lines to type for those who compute matrices themselves."""
-    return "\n".join(failure.splitlines()[:2]).partition(" To repair")[0]
+    return notes + causes(history, maximum, gaussian)
 
 
 # ------------------------------------------------------------------------------------------------------- the arguments

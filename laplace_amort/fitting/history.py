@@ -14,7 +14,9 @@ from tqdm import tqdm
 
 from laplace_amort.fitting.evaluation import Evaluation, FitStatus, Function, Maximum
 from laplace_amort.fitting.journal import Journal
+from laplace_amort.fitting.optimizers import Optimizer
 from laplace_amort.guide import Problem, to_vector
+from laplace_amort.linalg import Whitening
 from laplace_amort.types import Vector
 
 __all__ = ["CHECK", "History", "Step", "progress_bar"]
@@ -84,6 +86,15 @@ class History:
             return found
 
         return evaluate
+
+    def maximize(
+        self, optimizer: Optimizer, function: Function, start: Vector, whitening: Callable[[], Whitening]
+    ) -> Maximum:
+        """Maximize a function that is watched, so that a fit with more steps can go on from where these end."""
+        maximum = optimizer.maximize(function, start, whitening)
+        if maximum.status is FitStatus.MAX_STEPS:
+            self.journal.end_of_steps(type(optimizer).__name__)
+        return maximum
 
     def _keep_best(self, stage: str, num_draws: int, found: Maximum) -> None:
         """Values are compared within a stage, over all its starts; those on fresh draws are only a check."""

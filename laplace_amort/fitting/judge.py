@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import numpy
 import torch
@@ -11,15 +10,13 @@ import torch
 from laplace_amort.errors import NUMERICAL_ERRORS, ModelError, StructureError
 from laplace_amort.evidence import against_next, compare, heavy_tails, next_rule, other_modes
 from laplace_amort.fitting.evaluation import FitStatus
+from laplace_amort.fitting.found import Found
 from laplace_amort.fitting.objectives.ladder import Ladder
 from laplace_amort.fitting.other_optima import other_optimum
-from laplace_amort.fitting.verdict import Errors, Judgement, Reason, Verdict
+from laplace_amort.fitting.verdict import NEXT_LINE, Errors, Judgement, Reason, Verdict
 from laplace_amort.guide import LaplaceGaussian
 from laplace_amort.posterior import K_GOOD, Posterior
 from laplace_amort.types import element_names, to_numpy
-
-if TYPE_CHECKING:
-    from laplace_amort.fitting.result import FitResult
 
 __all__ = ["judge"]
 
@@ -37,16 +34,14 @@ _BY_CHAINS = (
 )
 
 
-def judge(result: FitResult) -> Judgement:
+def judge(result: Found) -> Judgement:
     """Say how far to trust the posterior of a fit, from what is at hand and one step up the ladder.
 
-    :param FitResult result: the fit.
+    :param Found result: the fit.
     """
-    if result.gaussian is None:
-        return Judgement(None, (Reason(Verdict.NO_POSTERIOR, str(result.status), _more_starts(result)),))
-    if not result.status.ok:
-        advice = "" if result.status is FitStatus.INTERRUPTED else _more_starts(result)
-        return Judgement(None, (Reason(Verdict.NOT_CONVERGED, str(result.status), advice),))
+    if result.gaussian is None or not result.status.ok:
+        verdict = Verdict.NO_POSTERIOR if result.gaussian is None else Verdict.NOT_CONVERGED
+        return Judgement(None, tuple(_causes(result, verdict)))
     try:
         errors, reasons = _evidence(result)
     except (*NUMERICAL_ERRORS, ModelError, StructureError, ValueError) as error:
@@ -55,7 +50,7 @@ def judge(result: FitResult) -> Judgement:
     return Judgement(errors, tuple(sorted(reasons, key=lambda reason: -reason.verdict)))
 
 
-def _evidence(result: FitResult) -> tuple[Errors | None, list[Reason]]:
+def _evidence(result: Found) -> tuple[Errors | None, list[Reason]]:
     """Gather all that speaks against a fit that has converged."""
     gaussian, reasons = result.exact_gaussian(), [*_repairs(result), *_kinks(result), *_scales(result)]
     if result.problem.subsamples:
@@ -73,11 +68,18 @@ def _evidence(result: FitResult) -> tuple[Errors | None, list[Reason]]:
     return errors, reasons
 
 
-def _more_starts(result: FitResult) -> str:
+def _causes(result: Found, verdict: Verdict) -> list[Reason]:
+    """Return why a fit has not converged: the notes that have a line to type, and if there is none its status."""
+    causes = [Reason.of_note(verdict, note) for note in result.notes if NEXT_LINE in note]
+    advice = "" if result.status is FitStatus.INTERRUPTED else _more_starts(result)
+    return causes or [Reason(verdict, str(result.status), advice)]
+
+
+def _more_starts(result: Found) -> str:
     return "" if result.problem.subsamples else "fit(model, *args, starts=20)"
 
 
-def _repairs(result: FitResult) -> Iterator[Reason]:
+def _repairs(result: Found) -> Iterator[Reason]:
     for what, report in (("globals", result.head_report), ("units", result.tail_report)):
         if report is not None and report.num_repaired:
             sentence = f"the precision of the {what} is not that of a maximum: {report}"
@@ -85,17 +87,17 @@ def _repairs(result: FitResult) -> Iterator[Reason]:
             yield Reason(Verdict.NOT_A_MAXIMUM, sentence, advice)
 
 
-def _kinks(result: FitResult) -> Iterator[Reason]:
+def _kinks(result: Found) -> Iterator[Reason]:
     for sentence in result.problem.kinks(result.exact_gaussian()):
         yield Reason(Verdict.KINKED, sentence, _BY_CHAINS)
 
 
-def _scales(result: FitResult) -> Iterator[Reason]:
+def _scales(result: Found) -> Iterator[Reason]:
     scaled = result.problem.unit_model.density.scaled
     if scaled:
         sentence = (
-            f"'{scaled[0]}' counts with a weight (poutine.scale; {len(scaled)} sites in all). If it stands for data that "
-            "are left out, let a plate know of them; if not, leave it out:"
+            f"'{scaled[0]}' counts with a weight (poutine.scale; {len(scaled)} sites in all). If it stands for data "
+            "that are left out, let a plate know of them; if not, leave it out:"
         )
         yield Reason(Verdict.WEIGHTED, sentence, "pyro.plate('units', N, subsample_size=B)")
 
@@ -140,7 +142,7 @@ def _weights(posterior: Posterior) -> Iterator[Reason]:
         yield Reason(Verdict.POORLY_COVERED, sentence, _BY_CHAINS)
 
 
-def _inexact(result: FitResult, errors: Errors) -> Iterator[Reason]:
+def _inexact(result: Found, errors: Errors) -> Iterator[Reason]:
     of_globals = errors.mean > _MEAN or errors.sd > _SD
     of_units = errors.unit_mean > _UNIT_MEAN or errors.unit_sd > _UNIT_SD
     if of_globals or of_units or not numpy.isfinite([errors.mean, errors.sd, errors.unit_mean, errors.unit_sd]).all():
@@ -160,7 +162,7 @@ def _moments(posterior: Posterior) -> Iterator[Reason]:
         yield Reason(Verdict.NO_MOMENTS, sentence, "result.posterior.quantiles([0.05, 0.5, 0.95])")
 
 
-def _modes_of_units(result: FitResult, gaussian: LaplaceGaussian) -> Iterator[Reason]:
+def _modes_of_units(result: Found, gaussian: LaplaceGaussian) -> Iterator[Reason]:
     problem = result.problem
     there = problem.integrals.conditionals(gaussian.global_loc[None], gaussian.local_loc[None])
     found = other_modes(problem.integrals, there, gaussian.global_loc)
@@ -175,7 +177,7 @@ def _modes_of_units(result: FitResult, gaussian: LaplaceGaussian) -> Iterator[Re
     yield Reason(Verdict.SEVERAL_MODES, sentence, _BY_CHAINS)
 
 
-def _modes_of_globals(result: FitResult) -> Iterator[Reason]:
+def _modes_of_globals(result: Found) -> Iterator[Reason]:
     share = other_optimum(result)
     if share > _ELSEWHERE:
         sentence = (

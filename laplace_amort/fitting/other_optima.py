@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import numpy
+from pyro.infer.autoguide.initialization import init_to_sample
+from torch import Tensor
 
 from laplace_amort.fitting.evaluation import Evaluation, Maximum
+from laplace_amort.fitting.found import Found
 from laplace_amort.fitting.objectives.laplace import LaplaceFunction, MarginalLaplace
 from laplace_amort.fitting.optimizers import TrustRegion
 from laplace_amort.fitting.search import random_starts
@@ -16,13 +18,11 @@ from laplace_amort.guide import Problem
 from laplace_amort.linalg import Whitening
 from laplace_amort.types import Vector
 
-if TYPE_CHECKING:
-    from laplace_amort.fitting.result import FitResult
-
 __all__ = ["other_optimum"]
 
-# Starts besides the mirror image, and evaluations for all of them: as many as the fit took, and at least.
-_STARTS, _LEAST = 3, 16
+# Starts of each kind besides the mirror image, and evaluations for all of them: as many as the fit took, and at least;
+# more where an evaluation is cheap, by the numbers that the curvatures of units have.
+_STARTS, _LEAST, _CHEAP, _LEAST_IF_CHEAP = 2, 16, 4000, 48
 _MOST = 30  # of one start
 # Seeds of starts from here on are not those of a fit.
 _SEED = 77_000
@@ -32,20 +32,20 @@ _APART = 1.0
 _COVERED = 0.3
 
 
-def other_optimum(result: FitResult) -> float:
+def other_optimum(result: Found) -> float:
     """Return the share of the mass at the best other mode of the globals that the draws of a posterior leave out.
 
     It climbs the Laplace approximation of the marginal density from the mirror image of where the fit stands and from
-    a few random starts, and takes no more evaluations than the fit did. Do not take 0 for a proof.
+    a few starts at random, and takes few more evaluations than the fit did. Do not take 0 for a proof.
 
-    :param FitResult result: the fit.
+    :param Found result: the fit.
     """
     problem = result.problem
     if not len(problem.loc) or problem.model_parameters:
         return 0.0
     point, memory = problem.state()
     try:
-        here, *others = _optima(problem, max(len(result.history), _LEAST))
+        here, *others = _optima(problem, max(len(result.history), _least(problem)))
         return max((_left_out(result, here, other) for other in others), default=0.0) if here.status.ok else 0.0
     finally:
         problem.move(point)
@@ -58,7 +58,7 @@ def _optima(problem: Problem, evaluations: int) -> Iterator[Maximum]:
     center = problem.loc.clone()
     yield function.climbed(_MOST)
     function.number = 0
-    for start in (-center, *random_starts(problem, _STARTS, _SEED)):
+    for start in (-center, *_starts(problem)):
         left = evaluations - function.number
         if left <= 0:
             return
@@ -66,6 +66,19 @@ def _optima(problem: Problem, evaluations: int) -> Iterator[Maximum]:
         found = function.climbed(min(left, _MOST))
         if found.status.ok:
             yield found
+
+
+def _starts(problem: Problem) -> Iterator[Tensor]:
+    """Yield starts that know nothing of the fit, by turns uniform and from the prior, which knows how far to look."""
+    uniform = random_starts(problem, _STARTS, _SEED)
+    prior = random_starts(problem, _STARTS, _SEED, init_to_sample)
+    for pair in zip(prior, uniform, strict=True):
+        yield from pair
+
+
+def _least(problem: Problem) -> int:
+    units, k = problem.start.shape
+    return _LEAST_IF_CHEAP if units * k**2 <= _CHEAP else _LEAST
 
 
 class _Counted:
@@ -89,7 +102,7 @@ class _Counted:
         )
 
 
-def _left_out(result: FitResult, here: Maximum, other: Maximum) -> float:
+def _left_out(result: Found, here: Maximum, other: Maximum) -> float:
     """Return the share of the mass at another optimum that the draws do not have, both optima taken for normal."""
     about = Whitening.of_information(_information(other))
     if about.distance(here.point - other.point) < _APART:

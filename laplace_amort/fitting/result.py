@@ -4,58 +4,49 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
 from pyro.infer import Predictive
-from torch import Tensor
 
-from laplace_amort.errors import NUMERICAL_ERRORS, LaplaceAmortError, ResumeError
+from laplace_amort.errors import NUMERICAL_ERRORS, LaplaceAmortError
 from laplace_amort.evidence import heavy_tails
 from laplace_amort.fitting import shown
 from laplace_amort.fitting.evaluation import FitStatus
+from laplace_amort.fitting.found import Found
 from laplace_amort.fitting.history import Step
 from laplace_amort.fitting.judge import judge
-from laplace_amort.fitting.objectives.base import Objective
 from laplace_amort.fitting.objectives.elbo import FixedDrawELBO
-from laplace_amort.fitting.objectives.quadrature import MarginalQuadrature
+from laplace_amort.fitting.objectives.ladder import Ladder
+from laplace_amort.fitting.records import KNOWN, Saved
+from laplace_amort.fitting.saving import read, write
+from laplace_amort.fitting.stored import content_of, load_line, revived, saved_in, without_model
 from laplace_amort.fitting.verdict import Errors, Judgement, Verdict
-from laplace_amort.guide import AutoLaplaceFamily, LaplaceGaussian, Problem
+from laplace_amort.guide import AutoLaplaceFamily
 from laplace_amort.linalg import RepairReport
-from laplace_amort.posterior import PROBABILITIES, GlobalsTable, Posterior, SeenUnits, Units, records_frame
-from laplace_amort.units import Laplace, QuadratureRule
+from laplace_amort.posterior import (
+    PROBABILITIES,
+    Absent,
+    GlobalsTable,
+    Posterior,
+    SeenUnits,
+    StoredPosterior,
+    Units,
+    records_frame,
+)
 
-__all__ = ["FitResult", "Optimum", "load_saved"]
+__all__ = ["FitResult", "load_saved"]
 
-_FORMAT = "laplace_amort fit 2"
-
-
-@dataclass(frozen=True)
-class Optimum:
-    """One place where starts ended.
-
-    :param float objective: its value there.
-    :param int num_starts: that ended there.
-    :param dict globals_: constrained values of the global sites, by name.
-    :param FitStatus status: how the best of these starts ended.
-    """
-
-    objective: float
-    num_starts: int
-    globals_: Mapping[str, Tensor]
-    status: FitStatus
-
-    def __repr__(self) -> str:
-        starts = f"{self.num_starts} start{'s' if self.num_starts != 1 else ''}"
-        return f"Optimum({self.status.name}, objective {self.objective:.6g}, {starts})"
+# Fields of a result that have forms of their own in a file, or none.
+_NOT_PLAIN = {"guide", "problem", "gaussian", "in_double", "sampled", "saved", "maximized", "asked"}
+_NO_GRADIENT = 1e-6  # standard deviations below which a gradient is none, and its digits are rounding errors
 
 
-@dataclass(frozen=True)
-class FitResult:
+@dataclass(frozen=True, repr=False)
+class FitResult(Found):
     """What :func:`~laplace_amort.fit` returns; ``print(result)`` shows it.
 
     :param FitStatus status: how the fit ended, a sentence; ``status.ok`` if it converged.
@@ -82,39 +73,6 @@ class FitResult:
     :param Posterior sampled: the posterior, where the fit has found it on its way; else None.
     """
 
-    status: FitStatus
-    guide: AutoLaplaceFamily
-    objective: float
-    standard_error: float
-    gradient_norm: float
-    num_draws: int
-    history: list[Step]
-    timings: dict[str, float]
-    optima: list[Optimum]
-    notes: list[str]
-    gaussian: LaplaceGaussian | None
-    saved: Any = field(repr=False)
-    maximized: Objective = field(repr=False)
-    problem: Problem = field(repr=False)
-    seed: int = field(repr=False)
-    asked: Objective = field(repr=False)
-    check: bool = field(default=True, repr=False)
-    in_double: LaplaceGaussian | None = field(default=None, repr=False)
-    sampled: Posterior | None = field(default=None, repr=False, compare=False)
-
-    @cached_property
-    def posterior(self) -> Posterior:
-        """The posterior for use: draws, moments and quantiles, as good as the objective of the fit knows it.
-
-        Of an ELBO it is the guide itself. Of a marginal density, the globals are drawn by importance sampling, which
-        takes some hundred evaluations the first time.
-
-        :raises ValueError: if the fit ended where there is no posterior.
-        """
-        if self.sampled is not None:
-            return dataclasses.replace(self.sampled, gaussian=self.exact_gaussian())
-        return self.maximized.posterior(self.problem, self.exact_gaussian(), self.seed)
-
     @cached_property
     def judgement(self) -> Judgement:
         """The verdict with what it rests on, and the line to type next; looked at when it is first asked for."""
@@ -130,40 +88,6 @@ class FitResult:
         """How far off the posterior may be, as estimated; None where there was nothing to compare it with."""
         return self.judgement.errors
 
-    @property
-    def rule(self) -> QuadratureRule:
-        """How the objective integrates over units: of all but a quadrature, one point each."""
-        return self.maximized.rule if isinstance(self.maximized, MarginalQuadrature) else Laplace()
-
-    @property
-    def head_report(self) -> RepairReport | None:
-        """What was repaired in the precision of the globals."""
-        return None if self.gaussian is None else self.gaussian.head_report
-
-    @property
-    def tail_report(self) -> RepairReport | None:
-        """What was repaired in the precisions of the units."""
-        return None if self.gaussian is None else self.gaussian.tail_report
-
-    @property
-    def seconds(self) -> float:
-        """Seconds in all."""
-        return sum(self.timings.values())
-
-    def standard_errors(self) -> dict[str, Tensor]:
-        r"""Return standard deviations of all latents in unconstrained space, by site, in its unconstrained shape.
-
-        They are those of ``gaussian``, the Gaussian approximation at the optimum; ``posterior.std()`` has those of the
-        posterior, in constrained space.
-        Those of the units are the roots of the diagonals of :math:`U_i^{-1} + W_i S^{-1} W_i^\top`: the delta method,
-        the dependence of the mode on the globals included.
-
-        :raises ValueError: if the fit ended where there is no posterior.
-        """
-        gaussian = self.exact_gaussian()
-        variances = gaussian.precision.global_variance(), gaussian.precision.local_variance()
-        return self.problem.rounded(gaussian.unit_model.layout.to_sites(*(part.sqrt() for part in variances)))
-
     def table(self, quantiles: Sequence[float] = PROBABILITIES) -> GlobalsTable:
         """Return the table of the globals that ``print(result)`` shows: that of :meth:`Posterior.table`.
 
@@ -174,42 +98,66 @@ class FitResult:
         :raises ValueError: if there is no posterior, with the reason.
         """
         table = self.posterior_to_show().table(quantiles)
+        if self.status is FitStatus.INTERRUPTED:
+            return dataclasses.replace(table, title="Gaussian approximation where the fit was interrupted")
+        have_mean = self.have_mean()
+        return table.without_moments(have_mean) if have_mean else table
+
+    def have_mean(self) -> dict[str, bool]:
+        """Return which globals have no standard deviation, as far as the verdict has seen it, and whether a mean."""
         if not any(reason.verdict is Verdict.NO_MOMENTS for reason in self.judgement.reasons):
-            return table
-        return table.without_moments({tail.name: tail.has_mean for tail in heavy_tails(self.posterior)})
+            return {}
+        return {tail.name: tail.has_mean for tail in heavy_tails(self.posterior)}
 
     def posterior_to_show(self) -> Posterior:
         """Return the posterior; after an interrupt the Gaussian where the fit was then, which takes no time.
 
         :raises ValueError: if there is none, with the reason.
         """
+        gaussian = self.exact_gaussian()
         try:
             if self.status is FitStatus.INTERRUPTED:
-                return FixedDrawELBO().posterior(self.problem, self.exact_gaussian(), self.seed)
+                return FixedDrawELBO().posterior(self.problem, gaussian, self.seed)
             return self.posterior
-        except (*NUMERICAL_ERRORS, LaplaceAmortError) as error:
+        except (*NUMERICAL_ERRORS, LaplaceAmortError, ValueError) as error:
             raise ValueError(f"there is no posterior: {error}") from error
 
     def summary(self) -> str:
         """Return the verdict, a table of the globals, and how they were found: what ``print(result)`` shows."""
-        return shown.text(self)
+        return shown.text(self.judgement, self._table_or_reason(), self.how())
 
     def __str__(self) -> str:
         return self.summary()
 
     def __repr__(self) -> str:
-        return shown.in_one_line(self)
+        known = vars(self)  # nothing is computed for this
+        parts = [self.judgement.verdict.name] if "judgement" in known else []
+        parts += [self.status.name, repr(self.asked), self.problem.unit_model.sizes()]
+        if "posterior" in known and self.posterior.k_hat > -math.inf:
+            parts.append(f"k-hat {self.posterior.k_hat:.2g}")
+        return f"FitResult({', '.join(parts)})"
 
     def _repr_html_(self) -> str:
-        return shown.html(self)
+        return shown.html(self.judgement, self._table_or_reason(), self.how())
 
     def headline(self) -> str:
-        """Return what is to be said of a fit before any table: how it ended, where, repairs, other optima, notes."""
-        return shown.headline(self)
+        """Return how the fit ended, without a look at the posterior: status, value, repairs, other optima, notes."""
+        lines = [f"{self.status.name}: {self.status}", self._where()]
+        for what, report in self._repairs():
+            lines.append(_repaired(what, report))
+            if what == "globals" and self.num_draws and self.status is FitStatus.CONVERGED:
+                lines[-1] += "; do not rely on the scales, integrate over the units:\n    fit(model, *args)"
+        return "\n".join([*lines, *self._other_optima(), *self.notes])
 
     def how(self) -> str:
         """Return how the posterior was found, in lines: objective, status, draws, and notes that no verdict has."""
-        return shown.how_found(self)
+        said = str(self.judgement)
+        taken = f", which took {self.maximized!r}" if isinstance(self.asked, Ladder) else ""
+        lines = [f"found by {self.asked!r}{taken}", f"{self.status.name}: {self.status}", self._where()]
+        if "posterior" in vars(self):  # the table needed it, where there is one
+            lines.append(self.posterior.how())
+        rest = [*(_repaired(*repair) for repair in self._repairs()), *self.notes]
+        return "\n".join([*lines, *self._other_optima(), *(line for line in rest if line not in said)])
 
     def predictive(self, units: Units = SeenUnits(), **options: Any) -> Predictive:  # noqa: B008 (never changes)
         """Return Pyro's ``Predictive`` for this fit; see :meth:`Posterior.predictive` for its options."""
@@ -233,6 +181,36 @@ class FitResult:
         names = [one.name for one in dataclasses.fields(Step)]
         return records_frame([dataclasses.asdict(step) for step in self.history], names)
 
+    def _table_or_reason(self) -> GlobalsTable | str:
+        """The table; where there is none, a sentence why, if the verdict has not said it."""
+        if self.verdict is Verdict.NO_POSTERIOR:
+            return ""
+        try:
+            return self.table()
+        except ValueError as error:
+            return str(error)
+
+    def _where(self) -> str:
+        value = f"objective {self.objective:.6g}"
+        if self.standard_error:
+            value += f" ± {self.standard_error:.2g}"
+        draws = f", {self.num_draws} draws" if self.num_draws else ""
+        size = f"{self.gradient_norm:.2g}" if self.gradient_norm >= _NO_GRADIENT else f"under {_NO_GRADIENT:g}"
+        is_one = math.isfinite(self.objective) and math.isfinite(self.gradient_norm)
+        gradient = f"gradient {size} posterior sd" if is_one else ""
+        evaluations = f"{len(self.history)} evaluations{draws}, {self.seconds:.3g} s"
+        return "; ".join(part for part in (value, gradient, evaluations) if part)
+
+    def _other_optima(self) -> list[str]:
+        if len(self.optima) < 2:
+            return []
+        found = ", ".join(f"{optimum.objective:.6g} ({optimum.num_starts} starts)" for optimum in self.optima)
+        return [f"{len(self.optima)} optima were found: {found}"]
+
+    def _repairs(self) -> list[tuple[str, RepairReport]]:
+        reports = (("globals", self.head_report), ("units", self.tail_report))
+        return [(what, report) for what, report in reports if report is not None and report.num_repaired]
+
     def _attributes(self) -> dict[str, Any]:
         """What a file of this fit should say about it: numbers and words."""
         found = {
@@ -250,36 +228,104 @@ class FitResult:
         return {name: value for name, value in found.items() if not (isinstance(value, float) and math.isnan(value))}
 
     def save(self, path: str | Path) -> None:
-        """Write what a later fit needs to go on from here: ``fit(model, guide, *args, resume=path)``.
+        """Write the result to a file, from which :meth:`load` reads it, and from which a fit goes on by ``resume=``.
 
-        The parameters of the guide are saved as those of every module: ``torch.save(guide.state_dict(), path)``.
+        It has the numbers of all evaluations, the posterior's table, and means and standard deviations of the units;
+        no draws, and no code. The verdict and the posterior are computed now, unless they were before or the fit was
+        interrupted. Where writing fails, a file that was there stays as it was.
+
+        :param path: of the file.
+        :raises OSError: if there is no such directory, no room, or no permission.
         """
-        torch.save({"format": _FORMAT, "saved": self.saved}, path)
+        names = {one.name for one in dataclasses.fields(FitResult)} - _NOT_PLAIN
+        plain = {name: getattr(self, name) for name in sorted(names)}
+        write(path, content_of(self, plain), KNOWN)
 
-    def exact_gaussian(self) -> LaplaceGaussian:
-        """Return the posterior as it was computed: in double precision, whatever the dtype of the model.
+    @staticmethod
+    def load(
+        path: str | Path,
+        model: Callable[..., Any] | None = None,
+        *args: Any,
+        guide: AutoLaplaceFamily | None = None,
+        **kwargs: Any,
+    ) -> FitResult:
+        """Return the result that :meth:`save` wrote.
+
+        Without the model it is what can be read: status, verdict, objective, history, optima, notes, the posterior's
+        tables. With the model, at the data of the fit, it is as it was: draws, predictions, diagnoses. Nothing in the
+        file is executed.
+
+        :param path: of the file.
+        :param model: the Pyro model that was fitted; None for the numbers by themselves.
+        :param args: arguments of the model, as they were fitted.
+        :param AutoLaplaceFamily guide: one with the settings of the fit, if no file can hold these.
+        :param kwargs: keyword arguments of the model.
+        :raises ResumeError: if the file is none, or is of another model, other data or another guide.
+        :raises OSError: if there is no such file.
+        """
+        content = read(path, KNOWN)
+        if model is None:
+            return StoredResult(**without_model(content, path), content=content, path=str(path))
+        return FitResult(**revived(content, path, model, guide, args, kwargs))
+
+
+def _repaired(what: str, report: RepairReport) -> str:
+    return f"the precision of the {what} is not that of a maximum: {report}"
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class StoredResult(FitResult):
+    """A fit as a file has it, without its model: what needs that says what to type."""
+
+    content: Mapping[str, Any] = field(repr=False)
+    path: str = field(repr=False)
+
+    @property
+    def posterior(self) -> Any:
+        """The posterior's tables, means and standard deviations; see :class:`StoredPosterior`.
 
         :raises ValueError: if the fit ended where there is no posterior.
         """
-        if self.gaussian is None:
-            raise ValueError(f"there is no posterior: {self.status}")
-        return self.in_double or self.gaussian
+        found = self.posterior_to_show()
+        why = self.content["missing"]
+        return Absent(f"its posterior ({why})", load_line(self.path)) if why else found
+
+    @property
+    def judgement(self) -> Judgement:
+        """The verdict with what it rests on, and the line to type next."""
+        found: Judgement = self.content["judgement"]
+        return found
+
+    def posterior_to_show(self) -> Any:
+        """Return the posterior; after an interrupt the Gaussian where the fit was then.
+
+        :raises ValueError: if there is none, with the reason.
+        """
+        if self.content["shown"] is None:
+            raise ValueError(self.content["missing"])
+        return StoredPosterior(self.content["shown"], load_line(self.path))
+
+    def have_mean(self) -> dict[str, bool]:
+        """Return which globals have no standard deviation, as far as the verdict has seen it, and whether a mean."""
+        return dict(self.content["have_mean"])
+
+    def how(self) -> str:
+        """Return how the posterior was found, in lines."""
+        return str(self.content["how"])
+
+    def __repr__(self) -> str:
+        return f"FitResult({self.verdict.name}, {self.status.name}, {self.asked!r}, read from {self.path!r})"
+
+    def save(self, path: str | Path) -> None:
+        """Write the same to another file."""
+        write(path, self.content, KNOWN)
 
 
-def load_saved(resume: FitResult | str | Path) -> Any:
-    """Return what was saved of a fit.
+def load_saved(resume: FitResult | str | Path) -> Saved:
+    """Return what a fit goes on from.
 
-    :param resume: a result, or the path of one that was saved. Load only files that you trust: they may hold code.
+    :param resume: a result, or the path of one that was saved.
     :raises ResumeError: if it is neither.
     """
-    if isinstance(resume, FitResult):
-        return resume.saved
-    try:
-        content = torch.load(resume, weights_only=False)
-    except FileNotFoundError:
-        raise
-    except Exception as error:
-        raise ResumeError(f"{resume} was not written by FitResult.save: {error}") from error
-    if not isinstance(content, dict) or content.get("format") != _FORMAT:
-        raise ResumeError(f"{resume} was not written by FitResult.save of this version, whose format is '{_FORMAT}'")
-    return content["saved"]
+    saved: Saved = resume.saved if isinstance(resume, FitResult) else saved_in(read(resume, KNOWN))
+    return saved

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy
 import torch
 from pyro.infer.autoguide.initialization import init_to_uniform
 from torch import Tensor
 
-from laplace_amort.fitting.evaluation import FitStatus, Maximum
+from laplace_amort.errors import KinkError
+from laplace_amort.fitting.evaluation import Evaluation, FitStatus, Maximum
 from laplace_amort.fitting.history import History
 from laplace_amort.fitting.objectives.base import Objective
 from laplace_amort.fitting.objectives.draws import mean_of_pairs
 from laplace_amort.fitting.objectives.elbo import FixedDrawELBO
 from laplace_amort.fitting.objectives.laplace import MarginalLaplace
 from laplace_amort.fitting.optimizers import Optimizer, TrustRegion
-from laplace_amort.guide import Problem, find_collapse, is_exponential
+from laplace_amort.guide import Problem, find_collapse, is_exponential, to_vector
 from laplace_amort.linalg import Whitening
 
 __all__ = ["START_STEPS", "distinct", "find_maxima", "fresh_value", "other_starts", "positive", "random_starts"]
@@ -28,12 +28,16 @@ START_STEPS = 100
 
 # Optima of the start from which the ELBO is climbed.
 _CLIMBED = 3
+# How far beside a start, in unconstrained space, a saddle is left.
+_JITTER = 0.1
 # By how much logarithms of positive globals are lowered. With small scales of a hierarchy, units have one mode each.
 _LOWERED = 2.0
 # Standard deviations, and nats, within which two optima are one.
 _SAME_PLACE, _SAME_VALUE = 0.1, 0.01
 # A value is averaged until it has this error, or over as many draws, or as many numbers drawn.
 _ERROR, _DRAWS, _NUMBERS = 0.05, 2**12, 2**21
+# How a climb may end for which no other start is tried.
+_FINAL = (FitStatus.CONVERGED, FitStatus.TOO_FEW_DRAWS, FitStatus.COLLAPSED, FitStatus.KINKED)
 _FRESH_SEED = 1_000_000  # seeds from here on are not those of an optimizer's draws
 
 
@@ -68,39 +72,58 @@ def _in_stages(history: History, objective: Objective, optimizer: Optimizer, sta
 def _from_any_of_these(history: History, objective: Objective, optimizer: Optimizer, start: Tensor) -> Maximum:
     """Maximize from a start, or if that comes to nothing from others; the first that converges, else the best."""
     found: list[Maximum] = []
-    for candidate in itertools.chain([start], other_starts(history.problem, start)):
+    for candidate in _one_after_another(history.problem, start, found):
         history.problem.place(candidate)
-        found.append(_unless_collapsed(history, objective.climb(history, optimizer)))
-        if found[-1].status in (FitStatus.CONVERGED, FitStatus.TOO_FEW_DRAWS, FitStatus.COLLAPSED):
+        found.append(_climbed(history, objective, optimizer))
+        if found[-1].status in _FINAL:
             return found[-1]
     return max(found, key=lambda maximum: maximum.evaluation.value)
+
+
+def _one_after_another(problem: Problem, start: Tensor, found: list[Maximum]) -> Iterator[Tensor]:
+    """Yield a start, a point beside it if it was led to a saddle, as where the density is symmetric, and others."""
+    yield start
+    if found[0].status is FitStatus.NO_MAXIMUM:
+        jitter = torch.randn(start.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        yield start + _JITTER * jitter.to(start)  # always the same
+    yield from other_starts(problem, start)
 
 
 def _climbed_from(
     lower: Maximum, start: Tensor, history: History, objective: Objective, optimizer: Optimizer
 ) -> Maximum:
     """Maximize from the optimum of another objective, if there is one: from the start where that is a collapse."""
-    if lower.status is FitStatus.START_FAILED:
+    if lower.status in (FitStatus.START_FAILED, FitStatus.KINKED):
         return lower
     history.problem.place(start if lower.status is FitStatus.COLLAPSED else torch.from_numpy(lower.point))
     history.problem.center_units(history.journal.call)
-    maximum = objective.climb(history, optimizer)._replace(num_starts=lower.num_starts)
-    return _unless_collapsed(history, maximum)
+    maximum = _climbed(history, objective, optimizer)
+    explained = maximum.status.ok or maximum.status is FitStatus.COLLAPSED
+    notes = maximum.notes if explained else (*lower.notes, *maximum.notes)
+    return maximum._replace(num_starts=lower.num_starts, notes=notes)
 
 
-def _unless_collapsed(history: History, maximum: Maximum) -> Maximum:
-    """Return a maximum, with a status that says so where a scale ran to zero with what it is the scale of."""
+def _climbed(history: History, objective: Objective, optimizer: Optimizer) -> Maximum:
+    """Maximize from where the guide stands; the status says so where there is a kink, or where a scale collapsed."""
+    try:
+        maximum = objective.climb(history, optimizer)
+    except KinkError as error:
+        point = to_vector([history.problem.loc])
+        nothing = Evaluation(-math.inf, numpy.full_like(point, numpy.nan), failure=str(error))
+        return Maximum(point, nothing, FitStatus.KINKED, math.inf)
     if not math.isfinite(maximum.evaluation.value):
         return maximum
     information = maximum.evaluation.information
-    ran = history.timed("scales", lambda: find_collapse(history.problem, maximum.point, information) is not None)
-    return maximum._replace(status=FitStatus.COLLAPSED) if ran else maximum
+    said = history.timed("scales", lambda: str(find_collapse(history.problem, maximum.point, information) or ""))
+    return maximum._replace(status=FitStatus.COLLAPSED, notes=(said,)) if said else maximum
 
 
 # --------------------------------------------------------------------------------------------------------------- starts
 
 
-def random_starts(problem: Problem, num_starts: int, seed: int) -> Iterator[Tensor]:
+def random_starts(
+    problem: Problem, num_starts: int, seed: int, init_loc_fn: Callable[..., Tensor] = init_to_uniform
+) -> Iterator[Tensor]:
     """Yield starts ``(d,)`` by Pyro's ``init_to_uniform``: between -2 and 2 in unconstrained space, as Stan's.
 
     (A simplex has other coordinates here than there, so that its starts are not uniform.)
@@ -108,10 +131,11 @@ def random_starts(problem: Problem, num_starts: int, seed: int) -> Iterator[Tens
     :param Problem problem: has the sites of the model.
     :param int num_starts: how many.
     :param int seed: of their own; the state of torch's generator stays as it is.
+    :param init_loc_fn: another one of Pyro's ``init_to_*``.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        starts = [problem.unit_model.start(init_to_uniform)[0] for _ in range(num_starts)]
+        starts = [problem.unit_model.start(init_loc_fn)[0] for _ in range(num_starts)]
     yield from starts
 
 

@@ -7,7 +7,10 @@ from typing import NamedTuple
 from laplace_amort.statuses import Status
 from laplace_amort.types import in_sd
 
-__all__ = ["Errors", "Judgement", "Reason", "Verdict"]
+__all__ = ["NEXT_LINE", "Errors", "Judgement", "Reason", "Verdict"]
+
+NEXT_LINE = "\n    "
+"""What stands before a line to type."""
 
 
 class Verdict(Status):
@@ -88,8 +91,14 @@ class Reason(NamedTuple):
     sentence: str
     advice: str = ""
 
+    @classmethod
+    def of_note(cls, verdict: Verdict, note: str) -> Reason:
+        """Return what a note of a fit says, its lines to type apart."""
+        sentence, _, advice = note.partition(NEXT_LINE)
+        return cls(verdict, sentence, advice)
+
     def __str__(self) -> str:
-        return f"{self.sentence}\n    {self.advice}" if self.advice else self.sentence
+        return f"{self.sentence}{NEXT_LINE}{self.advice}" if self.advice else self.sentence
 
 
 class Judgement(NamedTuple):

@@ -2,17 +2,20 @@
 
 from laplace_amort.guide import routes
 from laplace_amort.guide.auto import AutoLaplaceFamily
-from laplace_amort.guide.collapse import Collapse, find_collapse
+from laplace_amort.guide.collapse import find_collapse
+from laplace_amort.guide.flat import find_flat_latent
 from laplace_amort.guide.gaussian import LaplaceGaussian, is_elementwise, is_exponential, is_identity, of_one_event
 from laplace_amort.guide.heads import Head, JointCurvature, KnownCurvature, MarginalCurvature
-from laplace_amort.guide.own import own_guide
+from laplace_amort.guide.own import KNOWN_SETTINGS, PLAIN_SETTINGS, own_guide
 from laplace_amort.guide.params import dual_path_param
 from laplace_amort.guide.problem import Problem
+from laplace_amort.guide.rounding import find_coarseness
 from laplace_amort.guide.vector import set_vector, to_vector
 
 __all__ = [
+    "KNOWN_SETTINGS",
+    "PLAIN_SETTINGS",
     "AutoLaplaceFamily",
-    "Collapse",
     "Head",
     "JointCurvature",
     "KnownCurvature",
@@ -20,7 +23,9 @@ __all__ = [
     "MarginalCurvature",
     "Problem",
     "dual_path_param",
+    "find_coarseness",
     "find_collapse",
+    "find_flat_latent",
     "is_elementwise",
     "is_exponential",
     "is_identity",

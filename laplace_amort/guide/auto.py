@@ -14,7 +14,7 @@ from pyro.nn import PyroParam, pyro_method
 from torch import Tensor
 
 from laplace_amort.autodiff import check_structure, nearby, refuse_without_autograd
-from laplace_amort.errors import ModelError
+from laplace_amort.errors import InformationError, ModelError
 from laplace_amort.guide.family import gaussian_of
 from laplace_amort.guide.gaussian import LaplaceGaussian
 from laplace_amort.guide.heads import Head, JointCurvature, MarginalCurvature
@@ -129,6 +129,10 @@ class AutoLaplaceFamily(AutoGuide):
         self.layout: UnitLayout | None = None  # which sites are global, which local; known once the guide has run
         self._unit_models: UnitModels | None = None
         self._repeats = Repeats()
+
+    def settings(self) -> dict[str, Any]:
+        """Return what the guide was made with, by the names of its arguments; the start and plates are left out."""
+        return {"mode": self._mode[0], "head": self.head, "repair": self._repair[0], "unit_plate": self.unit_plate}
 
     @pyro_method
     def gaussian_of(
@@ -264,9 +268,11 @@ class AutoLaplaceFamily(AutoGuide):
         layout = unit_model.layout
         unit_model.check_deterministic(global_, local)
         # Beside the start: at a point of symmetry the second derivative of a coupling may vanish.
-        check_structure(
-            unit_model.log_joint, nearby(global_, _BESIDE, 1), nearby(local, _BESIDE, 2), names=layout.local_elements()
-        )
+        beside = nearby(global_, _BESIDE, 1), nearby(local, _BESIDE, 2)
+        try:
+            check_structure(unit_model.log_joint, *beside, names=layout.local_elements())
+        except InformationError as error:
+            raise _no_start(error, layout) from error
         if not hasattr(self, "loc"):
             size = layout.frame.full_size
             start = local if len(local) == size else local.mean(0).expand(size, -1).clone()
@@ -310,3 +316,14 @@ class AutoLaplaceFamily(AutoGuide):
         other.__setstate__(copy.deepcopy(state, memo))
         other.attach(copied_with(self.model, memo))
         return other
+
+
+def _no_start(error: InformationError, layout: UnitLayout) -> InformationError:
+    """Say that it is the start where derivatives do not exist, and how to begin elsewhere."""
+    site = next(iter(layout.global_sites or layout.local_sites))
+    return InformationError(
+        f"near the start, where latents are at the means of their priors, {error} Or is the start far from the data? "
+        "Begin near them, for any of the sites:\n"
+        f"    start = init_to_value(values={{'{site}': torch.tensor(1.)}})\n"
+        "    guide = AutoLaplaceFamily(model, init_loc_fn=start)   # fit(model, *args, guide=guide)"
+    )

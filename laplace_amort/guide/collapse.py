@@ -27,6 +27,8 @@ _GROWS = 0.5
 # Share of the information of the effects that is their prior's, from which on the data say nothing of them; it is
 # below a half where the joint density of a scale and its effects has a peak of its own.
 _NOTHING = 0.9
+# The same of units, up to which the joint density of a scale and its effects has a peak of its own: of normal ones.
+_KNOWN = 0.25
 # Standard deviations of the scale that integrating over the effects would move it by.
 _FAR = 3.0
 
@@ -40,6 +42,12 @@ class Collapse(NamedTuple):
     :param int number: of these effects.
     :param str plate: that they lie in; empty if in none.
     :param tuple children: how many units belong to each of the effects, where each unit belongs to one; else empty.
+    :param bool units_are_known: whether the data say so much of each unit that its latents, as globals, would have a
+        mode with their scale.
+    :param str unit_plate: the plate of the units.
+    :param str unit_site: the first site of the units.
+
+    ``str(collapse)`` is what a user reads: what happened, and the lines to type.
     """
 
     scale: str
@@ -48,6 +56,45 @@ class Collapse(NamedTuple):
     number: int
     plate: str
     children: tuple[int, ...]
+    units_are_known: bool
+    unit_plate: str
+    unit_site: str
+
+    def __str__(self) -> str:
+        said = (
+            f"{self.scale} ran to {self.value:.2g} together with the {self.number} elements of '{self.effects}', of "
+            "which it is the scale. These are globals, which are not integrated over, and their joint density has its "
+            "peak, or no end, where scale and elements are zero"
+        )
+        return f"{said}. {self._nested() if self.children else self._crossed()}"
+
+    def _nested(self) -> str:
+        most = max(self.children)
+        each = f"{most} each" if min(self.children) == most else f"up to {most} each; mask the data that are not there"
+        return (
+            f"Each unit of '{self.unit_plate}' belongs to one of these elements: let them be the units, and integrated "
+            f"over, with a plate inside ({each}):\n"
+            f"    with pyro.plate('{self.plate or self.effects}', {self.number}, dim=-2):\n"
+            f"        {self.effects} = pyro.sample('{self.effects}', ...)\n"
+            f"        with pyro.plate('{self.unit_plate}', {most}, dim=-1):\n"
+            f"            {self.unit_site} = pyro.sample('{self.unit_site}', ...)   # of shape "
+            f"({self.number}, {most})"
+        )
+
+    def _crossed(self) -> str:
+        scaled = (
+            "write them as multiples of their scale, and take the ELBO, which knows how far they spread:\n"
+            f"    {self.effects} = {self.scale} * pyro.sample('{self.effects}', dist.Normal(0., 1.))"
+            f"   # for dist.Normal(0., {self.scale})\n"
+            "    fit(model, *args, objective=FixedDrawELBO())"
+        )
+        if not (self.plate and self.units_are_known):
+            return f"W{scaled[1:]}"
+        return (
+            f"The data say enough of each of the '{self.unit_plate}' for these to be globals, so let '{self.plate}' be "
+            f"the units:\n    fit(model, *args, guide=AutoLaplaceFamily(model, unit_plate='{self.plate}'))\n"
+            f"Or {scaled}"
+        )
 
 
 @torch.no_grad()
@@ -104,6 +151,9 @@ def _collapsed(problem: Problem, point: Tensor, local: Tensor, information: Vect
                 number=len(share),
                 plate=site.plates[-1].name if site.plates else "",
                 children=_children(blocks.border[..., where]),
+                units_are_known=_prior_share_of_units(problem, point, local, blocks.tail) < _KNOWN,
+                unit_plate=model.layout.frame.name,
+                unit_site=next(iter(model.layout.local_sites)),
             )
     return None
 
@@ -136,6 +186,20 @@ def _prior_information(
     prior = -derivative(derivative(value)[where].sum())[where]
     growth = derivative(prior.sum()) / prior.sum()
     return prior.detach(), growth.detach().nan_to_num(nan=0.0)
+
+
+@torch.enable_grad()
+def _prior_share_of_units(problem: Problem, point: Tensor, local: Tensor, tail: Tensor) -> float:
+    """Return the share of the information of the units ``(N, k, k)`` that is their prior's, on average."""
+    y = local.clone().requires_grad_()
+    model = problem.unit_model
+    own = [terms.values.sum() for terms in model.flat_terms(point, y) if terms.name in model.layout.local_sites]
+    (gradient,) = torch.autograd.grad(torch.stack(own).sum(), y, create_graph=True)
+    rows = [
+        torch.autograd.grad(one.sum(), y, retain_graph=True)[0][:, j] if one.requires_grad else torch.zeros_like(one)
+        for j, one in enumerate(gradient.unbind(1))
+    ]
+    return float((-torch.stack(rows, 1) / tail.diagonal(dim1=-2, dim2=-1)).mean())
 
 
 def _children(border: Tensor) -> tuple[int, ...]:

@@ -12,9 +12,20 @@ from torch import Tensor, nn
 from torch.distributions import constraints, transform_to
 
 from laplace_amort.guide.auto import AutoLaplaceFamily
+from laplace_amort.guide.heads import JointCurvature, MarginalCurvature
 from laplace_amort.guide.storing import NoContext
+from laplace_amort.linalg import Boost, ModifiedCholesky, NoRepair, SoftAbs
+from laplace_amort.units import FreeMode, NewtonMode
 
-__all__ = ["own_guide"]
+__all__ = ["KNOWN_SETTINGS", "PLAIN_SETTINGS", "own_guide"]
+
+# Settings of guides that consist of numbers and of each other: what a file can hold. Of ``ClosedFormMode`` it cannot.
+PLAIN_SETTINGS = (NewtonMode, JointCurvature, MarginalCurvature, SoftAbs, ModifiedCholesky, NoRepair)
+# And those that are modules, with what they are made of before they have parameters.
+KNOWN_SETTINGS: dict[type, tuple[Callable[[Any], dict[str, Any]], Callable[[dict[str, Any]], Any]]] = {
+    FreeMode: (lambda mode: {}, lambda fields: FreeMode()),
+    Boost: (lambda boost: {"strength": boost.initial_strength, "base": boost.base}, lambda fields: Boost(**fields)),
+}
 
 
 class _OwnLaplaceFamily(AutoLaplaceFamily):

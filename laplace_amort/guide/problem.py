@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,10 +22,19 @@ from laplace_amort.errors import ModelError, RecordingError, ResumeError
 from laplace_amort.guide.auto import AutoLaplaceFamily
 from laplace_amort.guide.gaussian import LaplaceGaussian
 from laplace_amort.guide.heads import Head
+from laplace_amort.guide.kinks import Kink, find_kink
 from laplace_amort.guide.precision import OwnNumbers, numbers_of
 from laplace_amort.guide.vector import set_vector, to_vector
 from laplace_amort.linalg import Arrowhead, repair_tails
-from laplace_amort.model import SubsampledPlate, UnitModel, simulated_units, takes_particles, unit_terms
+from laplace_amort.model import (
+    SubsampledPlate,
+    UnitModel,
+    prior_for_parameter,
+    simulated_units,
+    takes_particles,
+    unit_terms,
+    with_data_completed,
+)
 from laplace_amort.types import Vector
 from laplace_amort.units import FreeMode, Mode, NewtonMode, UnitIntegrals
 
@@ -47,7 +57,8 @@ class Problem:
     :meth:`hand_back`. What cannot be run so is computed as it is written; ``numbers.reason`` says why.
 
     Attributes: ``unit_model``, recorded where that is possible; ``not_recorded``, the reason if it is not, and
-    ``not_at_once``, why it is not even run for many points at once; and ``given``, the model in its own precision.
+    ``not_at_once``, why it is not even run for many points at once; ``given``, the model in its own precision; and
+    ``first_loc``, where the globals stood first, ``(d,)``.
     """
 
     def __init__(self, guide: AutoLaplaceFamily, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -56,7 +67,7 @@ class Problem:
         self.given.density.check_data()  # set-up has done so for the data of the first call alone
         self.numbers = numbers_of(guide, self.given)
         self.unit_model = self.numbers.of(self.given)
-        self._first = self.memory()
+        self._first, self.first_loc = self.memory(), self.loc.clone()
         self.not_recorded = self.not_at_once = ""
         self._integrals: tuple[UnitModel, UnitIntegrals] | None = None
         try:
@@ -125,6 +136,11 @@ class Problem:
         leaves = [*self.globals_(), *self.numbers.family.parameters(), *self.model_parameters]
         return list({id(leaf): leaf for leaf in leaves}.values())
 
+    @property
+    def completed_model(self) -> Callable[..., Any]:
+        """The model for an ELBO of Pyro's to run, which takes data as they are: possible where a mask hides them."""
+        return with_data_completed(self.guide.model)
+
     def takes_particles(self, num_particles: int) -> bool:
         """Whether the model can run in a plate of particles, as vectorized ELBOs of Pyro have it."""
         return takes_particles(self.unit_model.density, num_particles)
@@ -142,19 +158,22 @@ class Problem:
         """Return where all parameters stand, and what the guide remembers of modes."""
         return to_vector(self.parameters()), self.memory()
 
-    def restore(self, state: tuple[Vector, tuple[Tensor, Tensor]]) -> None:
-        """Bring back what :meth:`state` returned, as the first start.
+    def restore(self, state: tuple[Vector, tuple[Tensor, Tensor] | None]) -> None:
+        """Bring back what :meth:`state` returned, as the first start; of modes, None for what is known now.
 
         :raises ResumeError: if it is of other parameters.
         """
-        vector, self._first = state
-        sizes = len(vector), self._first[0].shape
+        vector, memory = state
+        first = self._first if memory is None else memory
+        sizes = len(vector), first[0].shape
         if sizes != (sum(p.numel() for p in self.parameters()), self.memory()[0].shape):
             raise ResumeError(
                 f"the saved fit has {sizes[0]} parameters and units {tuple(sizes[1])}, and this guide has others. Was "
-                "it made for other data or by other settings? Start anew:\n    fit(model, guide, *args)"
+                "it made for other data or by other settings? Start anew:\n    fit(model, *args)"
             )
+        self._first = first
         set_vector(self.parameters(), vector)
+        self.first_loc = self.loc.clone()
         self.recall()
 
     def center_units(self, keep: Callable[[str, Callable[[], Tensor]], Tensor]) -> None:
@@ -219,6 +238,16 @@ class Problem:
             precision = Arrowhead(found.head, found.border, tail).with_schur(fitted.precision.schur_complement)
         return LaplaceGaussian(model, fitted.global_loc, local, precision, fitted.head_report, report)
 
+    @cached_property
+    def kink(self) -> Kink | None:
+        """A kink of the density through the first start, looked for when it is asked for first."""
+        memory = self.memory()
+        self.recall()
+        try:
+            return find_kink(self.unit_model, self.first_loc, self.start_at(self.first_loc))
+        finally:
+            self.recall(memory)
+
     @torch.no_grad()
     def kinks(self, gaussian: LaplaceGaussian) -> list[str]:
         """Say so if the curvature of a unit at its mode is not that beside it: autograd sees none at the tip of a kink.
@@ -253,9 +282,9 @@ class Problem:
         return values_and_gradients(self.unit_model, globals_, locals_, self.model_parameters)
 
     def log_joint_at_start(self) -> float:
-        """Return the value of the log joint where the fit starts."""
+        """Return the value of the log joint where the globals stand, with all latents of the units at zero."""
         with torch.no_grad():
-            return float(self.unit_model.log_joint(self.loc, self.start))
+            return float(self.unit_model.log_joint(self.loc, torch.zeros_like(self.start)))  # and not at their modes
 
     @property
     def mode(self) -> Mode:
@@ -344,8 +373,8 @@ class Problem:
             raise ModelError(
                 f"this objective moves the latents of the model, and '{name}' is a parameter. Give it a prior, a flat "
                 "one if need be, or take the ELBO, which moves parameters too:\n"
-                f"    pyro.sample('{name}', dist.ImproperUniform(constraints.real, (), ()))\n"
-                "    fit(model, guide, *args, objective=FixedDrawELBO())"
+                f"{prior_for_parameter(self.unit_model.density, name)}"
+                "    fit(model, *args, objective=FixedDrawELBO())"
             )
 
 

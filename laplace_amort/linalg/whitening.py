@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy
 import torch
@@ -49,6 +51,21 @@ class Whitening:
         head = (eigenvectors * size) @ eigenvectors.mT
         d = len(head)
         return cls(Arrowhead((head + head.mT) / 2, head.new_zeros(0, 1, d), head.new_zeros(0, 1, 1)), False, d)
+
+    def numbers(self) -> dict[str, Any]:
+        """Return what :meth:`of_numbers` takes; without units among the parameters, nothing of the units is in it."""
+        precision = self.precision
+        units = (precision.head, precision.border, precision.tail) if self.with_units else None
+        return {"schur": precision.schur_complement, "units": units, "size": self.size}
+
+    @classmethod
+    def of_numbers(cls, numbers: Mapping[str, Any]) -> Whitening:
+        """Return the map that :meth:`numbers` are of."""
+        schur, units, size = numbers["schur"], numbers["units"], numbers["size"]
+        d = len(schur)
+        if units is None:
+            return cls(Arrowhead(schur, schur.new_zeros(0, 1, d), schur.new_zeros(0, 1, 1)), False, size)
+        return cls(Arrowhead(*units).with_schur(schur), True, size)
 
     def step(self, u: Vector) -> Vector:
         """Return the step in parameters ``(P,)`` for one in standard deviations, ``(P,)``."""

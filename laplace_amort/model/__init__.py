@@ -6,7 +6,8 @@ from laplace_amort.model.functions import GlobalFunctions, find_functions
 from laplace_amort.model.handlers import SubsampledPlate
 from laplace_amort.model.layout import UnitLayout, find_layout
 from laplace_amort.model.log_joint import LogJoint
-from laplace_amort.model.observed import ObservedSite, observed_sites, with_data_drawn
+from laplace_amort.model.observed import ObservedSite, observed_sites, with_data_completed, with_data_drawn
+from laplace_amort.model.parameters import prior_for_parameter
 from laplace_amort.model.particles import takes_particles
 from laplace_amort.model.simulated import simulated_units
 from laplace_amort.model.sites import plates_of, undressed
@@ -27,9 +28,11 @@ __all__ = [
     "find_layout",
     "observed_sites",
     "plates_of",
+    "prior_for_parameter",
     "simulated_units",
     "takes_particles",
     "undressed",
     "unit_terms",
+    "with_data_completed",
     "with_data_drawn",
 ]

@@ -103,8 +103,8 @@ def refuse_no_numbers(arguments: Mapping[str, Any]) -> None:
     for name, value in arrays_in(arguments):
         if _is_frame(value):
             raise ModelError(
-                f"argument {name} of the model is a {type(value).__name__}, with which it does not run. Pass its columns, "
-                f"which are made tensors:\n    {name} = {{column: {name}[column] for column in {name}}}\n"
+                f"argument {name} of the model is a {type(value).__name__}, with which it does not run. Pass its "
+                f"columns, which are made tensors:\n    {name} = {{column: {name}[column] for column in {name}}}\n"
                 f"In the model their number is not len({name}), but that of one column: len({name}[column])"
             )
         if _numbers(value) is None:

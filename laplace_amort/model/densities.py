@@ -2,7 +2,8 @@ r"""Densities that torch and Pyro write with a kink or a jump where there is non
 
 A zero-mean prior starts at logits of exactly zero. There autograd takes the slope of an absolute value for zero: the
 Binomial of torch has no curvature. The values were right (of ``VonMises`` to seven digits), and are the same here;
-derivatives are right to any order. Those that leave out what is NaN are written without a branch. ``tests/model/test_densities.py`` looks at all distributions, at such points.
+derivatives are right to any order. ``tests/model/test_densities.py`` looks at all
+distributions, at such points. Those that leave out what is NaN are written without a branch on it.
 """
 
 from __future__ import annotations

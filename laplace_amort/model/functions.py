@@ -12,7 +12,7 @@ import torch
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from laplace_amort.autodiff import ancestors_of, nearby
+from laplace_amort.autodiff import ancestors_of, nearby, watched
 from laplace_amort.model.sites import plates_of, undressed
 from laplace_amort.model.unit_model import UnitModel
 
@@ -51,27 +51,36 @@ class GlobalFunctions:
 def find_functions(model: UnitModel, global_: Tensor, local: Tensor) -> GlobalFunctions:
     """Find the deterministic sites of a model that no unit has a part in.
 
-    Those in the plate of the units, or in one of observations, do not count. It takes four runs; one, where there are
-    none.
+    Those in the plate of the units, or in one of observations, do not count. It takes three runs or four; one, where
+    there are none.
 
     :param UnitModel model: not recorded.
     :param Tensor global_: near which the model is looked at, ``(d,)``.
     :param Tensor local: ``(N, k)``.
     """
-    units = local.detach().clone().requires_grad_()
+    units, traces = local.detach().clone().requires_grad_(), []
+
+    def run(units: Tensor) -> list[Tensor]:
+        traces.append(_trace(model, global_.detach().clone().requires_grad_(), units))
+        return [torch.as_tensor(node["value"]) for _, node in _deterministic(traces[-1])]
+
     with torch.enable_grad():
-        trace = _trace(model, global_.detach().clone().requires_grad_(), units)
-    outside = _outside(model, trace)
-    values = {name: torch.as_tensor(node["value"]) for name, node in _deterministic(trace) if outside(node)}
-    values = {name: value for name, value in values.items() if value.numel() and not _follows(value, units)}
-    for seed, share in enumerate(_AWAY if values else ()):  # also where no graph shows what it follows from
+        seen = watched(run, units)
+    outside, nodes = _outside(model, traces[-1]), list(_deterministic(traces[-1]))
+    values = {
+        name: value
+        for (name, node), value, follows in zip(nodes, seen.result, seen.follows, strict=True)
+        if value.numel() and outside(node) and not follows and not _has_above(value, units)
+    }
+    for seed, share in enumerate(_AWAY if values else ()):  # also where Python or NumPy stood in between
         elsewhere = _run(model, global_, nearby(local, share, seed))
         values = {n: v for n, v in values.items() if n in elsewhere and _equal(v.detach(), elsewhere[n])}
-    if values:
-        moved = _run(model, nearby(global_, _AWAY[1]), local)
-        values = {n: v for n, v in values.items() if n in moved and not _equal(v.detach(), moved[n])}  # no constants
     few = {name: value.shape for name, value in values.items() if value.numel() <= _MOST}
-    return GlobalFunctions(model, few, {name: value.shape for name, value in values.items() if name not in few})
+    many = {name: value for name, value in values.items() if name not in few}
+    if many:
+        moved = _run(model, nearby(global_, _AWAY[1]), local)
+        many = {n: v for n, v in many.items() if n in moved and not _equal(v.detach(), moved[n])}  # no constants
+    return GlobalFunctions(model, few, {name: value.shape for name, value in many.items()})
 
 
 def _run(model: UnitModel, global_: Tensor, local: Tensor) -> dict[str, Tensor]:
@@ -103,7 +112,8 @@ def _outside(model: UnitModel, trace: Any) -> Any:
     return lambda node: not any(frame.name in inside for frame in node["cond_indep_stack"])
 
 
-def _follows(value: Tensor, units: Tensor) -> bool:
+def _has_above(value: Tensor, units: Tensor) -> bool:
+    """Whether the graph of a value begins at the units, also where it was written to in place."""
     return any(getattr(node, "variable", None) is units for node, _ in ancestors_of(value))
 
 

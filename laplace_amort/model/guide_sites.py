@@ -56,7 +56,8 @@ def sample_images(
 
 def _sample_unseen(name: str, node: Any) -> Tensor:
     """Draw what ``obs_mask`` hides from its distribution, so that its density cancels that in the model."""
-    fn, unseen = node["fn"], unseen_of(node)
+    fn: Any = node["fn"]
+    unseen: Any = unseen_of(node)
     with torch.no_grad():
         value: Tensor = fn.sample()
     with poutine.mask(mask=unseen):

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from laplace_amort.errors import ModelError
 from laplace_amort.model.imputed import standard_normal_where_seen
+from laplace_amort.model.missing import completed, is_data
 from laplace_amort.model.sites import (
     IDENTITY,
     LatentSite,
@@ -31,6 +32,7 @@ from laplace_amort.model.sites import (
 )
 
 __all__ = [
+    "Completion",
     "Feed",
     "Indices",
     "SubsampledPlate",
@@ -126,6 +128,14 @@ class Uncondition(UnconditionMessenger):
     def _pyro_sample(self, msg: Any) -> None:
         if not isinstance(undressed(msg["fn"]), dist.Delta):
             super()._pyro_sample(msg)
+
+
+class Completion(Messenger):
+    """Complete the data of a model that is run by others, as :func:`~laplace_amort.model.missing.completed` does."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["is_observed"] and not site_is_subsample(msg) and is_data(msg):
+            msg["value"] = completed(msg)
 
 
 class Indices(Messenger):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import pyro
@@ -12,30 +13,32 @@ from torch.distributions import constraints
 
 from laplace_amort.errors import ModelError
 from laplace_amort.model.messages import observed
-from laplace_amort.model.missing import completed, inside, is_data, seen_elements
+from laplace_amort.model.missing import completed, inside, is_data, seen_elements, seen_events
 from laplace_amort.model.sites import is_fixed, layers_of, undressed
 
 __all__ = ["refuse_impossible_data"]
 
 
-def refuse_impossible_data(trace: Any) -> None:
+def refuse_impossible_data(trace: Any, beside: Callable[[], Any], arguments: Mapping[str, Any] | None = None) -> None:
     """Refuse data that no value of the latents makes possible, before a fit searches for one.
 
     A distribution without validation (``validate_args=False``) takes what it is given, except NaN, infinity and what
     has no density. What a mask hides is not looked at.
 
     :param trace: of a run of the model, with supports that may depend on latents; these are left alone.
+    :param beside: makes a trace at other latents, with their graph. At zero the density of a value at the edge of a
+        support may exist although it does not beside it.
+    :param arguments: of the model by name, among which one that is NaN is looked for.
     :raises ModelError: naming site, index and value.
     """
-    latents = [node["value"] for node in trace.nodes.values() if node["type"] in ("sample", "param")]
-    latents = [value for value in latents if isinstance(value, Tensor) and value.requires_grad]
     for node in observed(trace):
         if not isinstance(node["value"], Tensor):
             _refuse_no_tensor(node)
         elif is_data(node):
             _refuse_not_finite(node)
-            _refuse_on_edge(node, latents)
+            _refuse_on_edge(node, beside)
             _refuse_outside(node)
+            _refuse_nan(node, arguments or {})
 
 
 def _refuse_no_tensor(node: Any) -> None:
@@ -83,16 +86,16 @@ def _refuse_not_finite(node: Any) -> None:
         return
     name, fn = node["name"], node["fn"]
     missing = bool(found.first.isnan())
-    seen, filling = ("~data.isnan()", "nan") if missing else ("data.isfinite()", "posinf")
+    seen = "~data.isnan()" if missing else "data.isfinite()"
     if name.endswith("_observed") and node["mask"] is not None:
         stem = name.removesuffix("_observed")
         raise ModelError(
             f"{found.said}, and obs_mask says that they are seen:\n"
             f"    pyro.sample('{stem}', ..., obs=data, obs_mask=seen & {seen})"
         )
-    value = inside(fn)
-    fill = 0.0 if value is None or value.numel() != 1 else float(value)
-    filled = f"data.nan_to_num({filling}={fill:g})" if missing else f"data.nan_to_num({fill:g}, {fill:g}, {fill:g})"
+    possible = inside(fn)
+    fill = float("nan") if possible is None else float(possible.unique()[0])
+    filled = f"data.nan_to_num({fill:.6g})" if missing else f"data.nan_to_num({fill:.6g}, {fill:.6g}, {fill:.6g})"
     masked = f"dist...mask({seen})"
     if isinstance(fn, dist.MultivariateNormal) and missing:
         raise ModelError(
@@ -100,13 +103,16 @@ def _refuse_not_finite(node: Any) -> None:
             f"    pyro.sample('{name}', dist.NanMaskedMultivariateNormal(...), obs=data)"
         )
     if fn.event_dim:
-        elementwise = isinstance(layers_of(fn)[0], torch.distributions.Independent) and not undressed(fn).event_dim
-        masked = f"{masked}.to_event({fn.event_dim})" if elementwise else f"dist...mask(({seen}).all(-1))"
-        filled = filled if value is not None and value.numel() == 1 else "torch.where(data.isfinite(), data, example)"
-        seen = f"({seen}).flatten(-{fn.event_dim}).all(-1)"
+        whole = f"({seen})" + (".all(-1)" if fn.event_dim == 1 else f".flatten(-{fn.event_dim}).all(-1)")
+        if undressed(fn).event_dim:  # an event of which a part is missing is no event
+            masked = f"dist...mask({whole})"
+            filled = f"torch.where({whole}{'[..., None]' * fn.event_dim}, data, {fill:.6g})"
+        else:
+            masked = f"{masked}.to_event({fn.event_dim})"
+        seen = whole
     raise ModelError(
-        f"{found.said}. Leave these observations out, with their covariates, or mask them; or have them drawn from what "
-        "the model says of them:\n"
+        f"{found.said}. Leave these observations out, with their covariates, or mask them; or have them drawn from "
+        "what the model says of them:\n"
         f"    pyro.sample('{name}', {masked}, obs={filled})\n"
         f"    pyro.sample('{name}', dist..., obs={filled}, obs_mask={seen})"
     )
@@ -115,30 +121,40 @@ def _refuse_not_finite(node: Any) -> None:
 # ------------------------------------------------------------------------------------------------ edges of supports
 
 
-def _refuse_on_edge(node: Any, latents: list[Tensor]) -> None:
+def _refuse_on_edge(node: Any, beside: Callable[[], Any]) -> None:
     """Refuse values at a bound of the support where the density is zero or infinite: by evidence, for some are fine."""
     edge = _on_edge(node["fn"], node["value"])
-    if edge is None or not edge.any() or not _has_no_density(node, edge, latents):
+    if edge is None:
         return
     found = _found(node, edge, "on the edge of the support, where the density is zero or infinite")
-    if found is None:
+    if found is None or not _has_no_density(beside(), node["name"], edge):
         return
-    lower, upper = _bounds(_support_of_elements(node["fn"]))
-    if upper is None:
-        line = f"data = data.clamp(min=({lower:g} + data[data > {lower:g}].min()) / 2)"
-        between = f"above {lower:g}"
-    else:
-        lower = 0.0 if lower is None else lower
-        width = upper - lower
-        line = f"data = {lower:g} + ((data - {lower:g}) * (len(data) - 1) + {0.5 * width:g}) / len(data)"
-        if (lower, upper) == (0.0, 1.0):
-            line = "data = (data * (len(data) - 1) + 0.5) / len(data)"
-        between = f"between {lower:g} and {upper:g}, without the ends: ({lower:g}, {upper:g})"
+    support = _support_of_elements(node["fn"])
+    line, between, kept = _moved_inside(support)
     raise ModelError(
         f"{found.said}. Values must lie {between}. Move them inside, by less than they are measured to, take a "
         f"distribution that has such values, or leave them out:\n    {line}\n"
-        f"    pyro.sample('{node['name']}', dist...mask({_strictly_inside(lower, upper)}), obs=data)"
+        f"    pyro.sample('{node['name']}', dist...mask({kept}), obs=data)"
     )
+
+
+def _moved_inside(support: Any) -> tuple[str, str, str]:
+    """Return the line that moves data off the edges of a support, where they must lie, and which of them do."""
+    lower, upper = _bounds(support)
+    kept = _strictly_inside(lower, upper)
+    if support is constraints.simplex:
+        line = "data = (data * (len(data) - 1) + 1 / data.shape[-1]) / len(data)"
+        return line, "above 0", "(data > 0).all(-1)"
+    if lower is not None and upper is not None:
+        line = f"data = {lower:g} + ((data - {lower:g}) * (len(data) - 1) + {(upper - lower) / 2:g}) / len(data)"
+        if (lower, upper) == (0.0, 1.0):
+            line = "data = (data * (len(data) - 1) + 0.5) / len(data)"
+        return line, f"in ({lower:g}, {upper:g}), without the ends", kept
+    if lower is not None:
+        least = f"data[data > {lower:g}].min()"
+        line = f"data = data.clamp(min={f'({lower:g} + {least})' if lower else least} / 2)"
+        return line, f"above {lower:g}", kept
+    return f"data = data.clamp(max=({upper:g} + data[data < {upper:g}].max()) / 2)", f"below {upper:g}", kept
 
 
 def _strictly_inside(lower: float | None, upper: float | None) -> str:
@@ -183,9 +199,11 @@ def _on_edge(fn: Any, value: Tensor) -> Tensor | None:
     return edge
 
 
-def _has_no_density(node: Any, edge: Tensor, latents: list[Tensor]) -> bool:
-    """Whether densities at these values, or their slopes in the latents, are infinite or NaN."""
-    fn = node["fn"]
+def _has_no_density(trace: Any, name: str, edge: Tensor) -> bool:
+    """Whether densities at these values of a site, or their slopes in the latents, are infinite or NaN."""
+    latents = [node["value"] for node in trace.nodes.values() if node["type"] in ("sample", "param")]
+    latents = [value for value in latents if isinstance(value, Tensor) and value.requires_grad]
+    node, fn = trace.nodes[name], trace.nodes[name]["fn"]
     with pyro.validation_enabled(False), torch.enable_grad():
         plain = _without_validation(fn)
         densities = plain.log_prob(completed(node))
@@ -196,7 +214,7 @@ def _has_no_density(node: Any, edge: Tensor, latents: list[Tensor]) -> bool:
             return True
         if not there.requires_grad or not latents:
             return False
-        slopes = torch.autograd.grad(there.sum(), latents, retain_graph=True, materialize_grads=True)
+        slopes = torch.autograd.grad(there.sum(), latents, materialize_grads=True)
     return not all(bool(slope.isfinite().all()) for slope in slopes)
 
 
@@ -234,3 +252,29 @@ def _refuse_outside(node: Any) -> None:
         f"{said}: the support is {support}. If the data are right, take another distribution; or leave them out:\n"
         f"    pyro.sample('{name}', dist.{kind}(...).mask({_strictly_inside(*_bounds(support))}), obs=data)"
     )
+
+
+# ------------------------------------------------------------------------------------------------------- covariates
+
+
+def _refuse_nan(node: Any, arguments: Mapping[str, Any]) -> None:
+    """Refuse a covariate that is NaN where a density is: with validation, Pyro has done so before."""
+    missing = {name: value for name, value in arguments.items() if _has_nan(value)}
+    if not missing:
+        return
+    with torch.no_grad():
+        bad = _without_validation(node["fn"]).log_prob(completed(node)).isnan()
+    seen = seen_events(node)
+    bad = bad if seen is None else bad & seen
+    if bad.any():
+        name, value = next(iter(missing.items()))
+        raise ModelError(
+            f"the density of observed site '{node['name']}' is NaN at index {bad.nonzero()[0].tolist()}, and at "
+            f"{int(bad.sum())} of {bad.numel()}. Argument {name} of the model is NaN at index "
+            f"{value.isnan().nonzero()[0].tolist()}, as {int(value.isnan().sum())} of its {value.numel()} values are. "
+            f"Leave these observations out, of all columns:\n    keep = ~{name}.isnan()\n    {name} = {name}[keep]"
+        )
+
+
+def _has_nan(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and bool(value.isnan().any())

@@ -29,10 +29,11 @@ __all__ = [
     "alternatives",
     "first_difference",
     "is_imputed",
-    "parts_of",
+    "observed_part",
     "refuse_discrete",
     "standard_normal_where_seen",
     "unseen_of",
+    "whole_of",
 ]
 
 _OBSERVED, _UNOBSERVED = "_observed", "_unobserved"
@@ -42,10 +43,14 @@ _UNSEEN = "_laplace_amort_unseen"
 _MOST, _SCALES = 16, (1.0, 3.0, 0.3)
 
 
-def parts_of(name: str) -> tuple[str, str, str]:
-    """Return the names of the site that an unobserved part belongs to, of its observed part, and of itself."""
-    stem = name.removesuffix(_UNOBSERVED)
-    return stem, stem + _OBSERVED, name
+def whole_of(name: str) -> str:
+    """Return the name of a site, from that of its unobserved part."""
+    return name.removesuffix(_UNOBSERVED)
+
+
+def observed_part(name: str) -> str:
+    """Return the name of the observed part of a site, from that of the unobserved one."""
+    return whole_of(name) + _OBSERVED
 
 
 def is_imputed(node: Any) -> bool:
@@ -81,7 +86,7 @@ class Imputation(Messenger):
             self._observed[name] = mask
         if msg["is_observed"] or name in self.kept or not name.endswith(_UNOBSERVED):
             return
-        if parts_of(name)[1] not in self._observed:
+        if observed_part(name) not in self._observed:
             return
         if msg["value"] is None:
             value = self.values.get(name, inside(msg["fn"]))
@@ -137,7 +142,7 @@ def refuse_discrete(node: Any, dependent: str) -> None:
     """
     if not (node["fn"].has_enumerate_support or node["fn"].support.is_discrete):
         return
-    stem, kind = parts_of(node["name"])[0], type(node["fn"]).__name__
+    stem, kind = whole_of(node["name"]), type(node["fn"]).__name__
     missing = int(unseen_of(node).sum())
     raise ModelError(
         f"site '{stem}' ({kind}) has {missing} elements that obs_mask hides, and site '{dependent}' depends on their "

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from laplace_amort.autodiff import as_one_unit
 from laplace_amort.errors import ModelError
 from laplace_amort.model.sites import LatentSite
 from laplace_amort.types import element_names
@@ -167,6 +168,7 @@ def _plates_of_latents(sites: Mapping[str, LatentSite]) -> dict[str, Any]:
             "sample it in a plate (not by .expand or .to_event):\n"
             "    with pyro.plate('units', num_units):\n"
             "        y = pyro.sample('y', dist.Normal(mu, tau))   # y has shape (num_units,)\n"
+            f"{as_one_unit(max(len(sites) - 1, *(site.shape.numel() for site in sites.values())))}\n"
             "For a model without units, Pyro has a guide:\n"
             "    pyro.infer.autoguide.AutoLaplaceApproximation(model)"
         )

@@ -24,7 +24,7 @@ from laplace_amort.autodiff import Arithmetic
 from laplace_amort.errors import ModelError
 from laplace_amort.model.guide_sites import refuse_subsampled, sample_images
 from laplace_amort.model.handlers import Feed, Indices, Uncondition, subsampled_plates
-from laplace_amort.model.imputed import is_imputed
+from laplace_amort.model.imputed import is_imputed, observed_part, whole_of
 from laplace_amort.model.missing import as_missing_as
 from laplace_amort.model.packing import check_names, listed, pack, unpack
 from laplace_amort.model.runs import ModelRuns, evaluate
@@ -221,7 +221,21 @@ class LogJoint(ModelRuns):
         """Return the constrained value of every site from its unconstrained one."""
         with self.arithmetic:
             transforms = self._transforms(Feed(unconstrained, self.sites))
-            return {name: transform(unconstrained[name]) for name, transform in transforms.items()}
+            values = {name: transform(unconstrained[name]) for name, transform in transforms.items()}
+            return {
+                name: self._with_seen(name, value) if name in self.kept else value for name, value in values.items()
+            }
+
+    def _with_seen(self, name: str, value: Tensor) -> Tensor:
+        """Put what was observed in the place of what stands for it in a latent that ``obs_mask`` made."""
+        node = self._first().nodes[observed_part(name)]
+        seen = node["mask"].reshape(node["mask"].shape + (1,) * node["fn"].event_dim)
+        return torch.where(seen, node["value"].to(value), value)
+
+    @property
+    def partly_observed(self) -> list[str]:
+        """Names of the sites of which ``obs_mask`` hides a part."""
+        return [whole_of(name) for name in (*self.imputed, *self.kept)]
 
     def unconstrain(self, values: Mapping[str, Tensor]) -> Tensor:
         """Return the packed vector ``(D,)`` of unconstrained values, for constrained values of every site."""

@@ -78,9 +78,8 @@ def as_missing_as(data: Any, node: Any) -> Tensor:
 def _under_masks(node: Any, value: Tensor) -> Tensor | None:
     """Which elements are under no mask, of the site or of its distribution."""
     masks = [(node["mask"], node["fn"].event_dim)]
-    for layer in layers_of(node["fn"]):
-        if isinstance(layer, MaskedDistribution):
-            masks.append((layer._mask, layer.event_dim))
+    layers = [layer for layer in layers_of(node["fn"]) if isinstance(layer, MaskedDistribution)]
+    masks += [(layer._mask, layer.event_dim) for layer in layers]
     seen = None
     for mask, event_dim in masks:
         if mask is None or mask is True:

@@ -12,12 +12,13 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from laplace_amort.autodiff import AsWritten
-from laplace_amort.model.handlers import Uncondition
+from laplace_amort.model.handlers import Completion, Uncondition
 from laplace_amort.model.imputed import is_imputed
+from laplace_amort.model.missing import seen_elements
 from laplace_amort.model.sites import init_to_zero, plates_of, undressed
 from laplace_amort.model.unit_model import UnitModel
 
-__all__ = ["ObservedSite", "observed_sites", "with_data_drawn"]
+__all__ = ["ObservedSite", "observed_sites", "with_data_completed", "with_data_drawn"]
 
 
 class ObservedSite(NamedTuple):
@@ -28,6 +29,7 @@ class ObservedSite(NamedTuple):
     :param tuple plates: the frames of its vectorized plates.
     :param int event_dim: rightmost dimensions that belong to one observation.
     :param bool deterministic: whether it is a ``pyro.deterministic``.
+    :param Tensor seen: which elements of the value no mask hides; None where none does.
     """
 
     name: str
@@ -35,6 +37,12 @@ class ObservedSite(NamedTuple):
     plates: tuple[Any, ...]
     event_dim: int
     deterministic: bool
+    seen: Tensor | None = None
+
+    @property
+    def seen_events(self) -> Tensor | None:
+        """Which observations have anything that is seen; None where all have."""
+        return self.seen.flatten(-self.event_dim).any(-1) if self.seen is not None and self.event_dim else self.seen
 
 
 def observed_sites(model: UnitModel) -> dict[str, ObservedSite]:
@@ -57,8 +65,16 @@ def observed_sites(model: UnitModel) -> dict[str, ObservedSite]:
         value = value if deterministic else value.expand(fn.shape())
         # Unless told otherwise, Pyro takes all of a function of latents for one event, and repeats it in every plate.
         event_dim = fn.event_dim if value.shape == fn.shape() else 0
-        found[name] = ObservedSite(name, value.detach(), plates_of(node), event_dim, deterministic)
+        seen = None if deterministic else seen_elements(node)
+        seen = None if seen is None else seen.broadcast_to(value.shape)
+        found[name] = ObservedSite(name, value.detach(), plates_of(node), event_dim, deterministic, seen)
     return found
+
+
+def with_data_completed(model: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a model that others can run: its data as densities take them, possible where a mask hides them."""
+    completed: Callable[..., Any] = Completion()(model)
+    return completed
 
 
 def with_data_drawn(model: Callable[..., Any]) -> Callable[..., Any]:

@@ -20,7 +20,14 @@ from laplace_amort.model.arguments import arrays_in, as_given, as_tensors, named
 from laplace_amort.model.densities import smooth
 from laplace_amort.model.handlers import Indices, no_open_plates, ran_at
 from laplace_amort.model.impossible import refuse_impossible_data
-from laplace_amort.model.imputed import Imputation, alternatives, first_difference, is_imputed, refuse_discrete
+from laplace_amort.model.imputed import (
+    Imputation,
+    alternatives,
+    first_difference,
+    is_imputed,
+    observed_part,
+    refuse_discrete,
+)
 from laplace_amort.model.missing import completed, is_data
 from laplace_amort.model.sites import init_to_zero, transform_of
 
@@ -99,9 +106,11 @@ class ModelRuns:
         :raises ModelError: naming site, index and value.
         """
         trace = self._first()
-        refuse_impossible_data(trace)
-        for node in messages.observed(trace):  # that need not be kept any longer
-            trace.remove_node(node["name"])
+        refuse_impossible_data(trace, self._run_beside, named(self.model, self.args, self.kwargs))
+        needed = {observed_part(name) for name in self.kept}
+        for node in messages.observed(trace):  # most need not be kept any longer
+            if node["name"] not in needed:
+                trace.remove_node(node["name"])
 
     def parameters(self) -> dict[str, Tensor]:
         """Return the model's own parameters (``pyro.param``, weights of modules) by name: the unconstrained leaves.
@@ -111,6 +120,11 @@ class ModelRuns:
         params = {name: node["value"] for name, node in self._first().nodes.items() if node["type"] == "param"}
         leaves = {name: value.unconstrained() for name, value in params.items()}
         return {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+
+    def parameter_shape(self, name: str) -> torch.Size:
+        """Return the shape of a parameter of the model, constrained."""
+        shape: torch.Size = self._first().nodes[name]["value"].shape
+        return shape
 
     def _run_first(self, indices: Indices) -> Any:
         """Trace the model at zero, with tensors for arrays where it does not run with these, or observes them.
@@ -157,30 +171,35 @@ class ModelRuns:
                 torch.manual_seed(seed)
                 values = list(alternatives(node["fn"]))
             try:
-                before = self._terms_away(share, seed, {})
+                before = self._terms_beside(share, seed, {})
             except _NUMERICAL:  # no place to look from
                 continue
             for value in values:
                 try:
-                    now = self._terms_away(share, seed, {node["name"]: value})
+                    now = self._terms_beside(share, seed, {node["name"]: value})
                 except _NUMERICAL:
                     return "the model"
                 if dependent := first_difference(before, now):
                     return dependent
         return None if before is not None else "the model"
 
-    def _terms_away(self, share: float, seed: int, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The terms of the log joint beside zero, with these values of what was left out."""
+    def _run_beside(self, share: float = _AWAY[0], seed: int = 0, imputed: Imputation | None = None) -> Any:
+        """Trace the model at a fixed random point beside zero; the latents have a graph."""
 
         def init(site: Any) -> Tensor:
             transform = transform_of(site)
-            return transform(nearby(transform.inv(init_to_zero(site)), share, seed))
+            value: Tensor = transform(nearby(transform.inv(init_to_zero(site)), share, seed))
+            return value.detach().requires_grad_()
 
-        with torch.random.fork_rng(devices=[]), torch.no_grad(), pyro.validation_enabled(False):
-            torch.manual_seed(seed)
-            trace = self._run(InitMessenger(init), Indices(self.indices, strict=False), Imputation(self.kept, values))
-            with self.arithmetic:
-                evaluate(trace)
+        with torch.random.fork_rng(devices=[]), torch.enable_grad(), pyro.validation_enabled(False):
+            torch.manual_seed(seed)  # of a plate that subsamples
+            return self._run(InitMessenger(init), Indices(self.indices, strict=False), imputed)
+
+    def _terms_beside(self, share: float, seed: int, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The terms of the log joint beside zero, with these values of what was left out."""
+        trace = self._run_beside(share, seed, Imputation(self.kept, values))
+        with self.arithmetic, torch.no_grad(), pyro.validation_enabled(False):
+            evaluate(trace)
         return {name: node["log_prob"] for name, node in trace.nodes.items() if "log_prob" in node}
 
     def _first(self) -> Any:

@@ -141,7 +141,7 @@ def pairs_figure(result: Any, names: Sequence[str] | None = None, space: Space =
 
 
 def _lines_of(posterior: Posterior) -> dict[str, dict[str, Any]]:
-    gaussian = {"Gaussian approximation at the optimum": _GAUSSIAN_LINE}
+    gaussian = {"Gaussian approximation": _GAUSSIAN_LINE}
     return gaussian if posterior.is_gaussian else {"posterior": _POSTERIOR_LINE, **gaussian}
 
 

@@ -143,7 +143,7 @@ class _Panels:
         size = max(1, min(number, _AT_ONCE // numbers))
         parts: list[list[Vector]] = [[] for _ in self.order]
         for seed, _ in enumerate(range(0, number, size)):
-            values = to_numpy(self.posterior.sample(size, self.posterior.seed + seed)[self.name])
+            values = to_numpy(self.posterior.sample_latents(size, self.posterior.seed + seed)[self.name])
             for panel, part in enumerate(parts):
                 part.append(self.of(values, panel))
         return [numpy.concatenate(part) for part in parts]

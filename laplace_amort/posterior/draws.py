@@ -65,8 +65,8 @@ class PosteriorDraws:
         return self.globals_.log_integral
 
     @torch.no_grad()
-    def sample(self, num_samples: int, seed: int | None = None) -> dict[str, Tensor]:
-        """Draw from the posterior.
+    def sample_latents(self, num_samples: int, seed: int | None = None) -> dict[str, Tensor]:
+        """Draw the latents from the posterior.
 
         :param int num_samples: number of draws.
         :param int seed: of these draws; another one gives others.
@@ -82,7 +82,7 @@ class PosteriorDraws:
 
     @torch.no_grad()
     def sample_unconstrained(self, num_samples: int, seed: int | None = None) -> tuple[Tensor, Tensor]:
-        """Draw from the posterior, the same draws as :meth:`sample`, in the coordinates of the fit.
+        """Draw from the posterior, the same draws as :meth:`sample_latents`, in the coordinates of the fit.
 
         :param int num_samples: number of draws.
         :param int seed: of these draws.
@@ -141,7 +141,7 @@ class PosteriorDraws:
         :raises ValueError: if one is not.
         """
         check_probabilities(quantiles)
-        draws = self.sample(num_samples)
+        draws = self.sample_latents(num_samples)
         return {name: quantiles_of_draws(value, quantiles) for name, value in draws.items()}
 
     def unit_axis(self, name: str) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor
 from laplace_amort.errors import ModelError
 from laplace_amort.model import ObservedSite, observed_sites, with_data_drawn
 from laplace_amort.posterior.draws import PosteriorDraws
+from laplace_amort.posterior.filled import filled_in
 from laplace_amort.posterior.likelihood import LogLikelihood, Pointwise
 from laplace_amort.posterior.predictive import Drawn, all_units, predictive_of, refuse_minibatch
 
@@ -121,14 +122,14 @@ def export(
         torch.manual_seed(seed)
         values = posterior.gaussian.constrained(globals_, locals_)
         drawn = all_units(posterior, posterior.problem.rounded(values))  # the model is run as it is written
-        _add_posterior(groups, drawn, posterior, sites)
+        _add_posterior(groups, drawn, posterior, sites, seed)
         if prior_samples:
             _add_prior(groups, posterior, prior_samples)
     _add_data(groups, posterior, sites)
     if log_likelihood is not None:
         names = [name for name, site in sites.items() if not site.deterministic]
         found = log_likelihood.evaluate(posterior, names, globals_, locals_)
-        _add_log_likelihood(groups, found)
+        _add_log_likelihood(groups, found, sites)
         groups.attrs["log_likelihood"] = repr(log_likelihood)
     _add_labels(groups, posterior, dims, coords)
     return groups
@@ -144,12 +145,15 @@ def _plate_dims(name: str, shape: Sequence[int], event_dim: int, plates: Sequenc
     return dims
 
 
-def _add_posterior(groups: Groups, drawn: Drawn, posterior: PosteriorDraws, sites: dict[str, ObservedSite]) -> None:
+def _add_posterior(
+    groups: Groups, drawn: Drawn, posterior: PosteriorDraws, sites: dict[str, ObservedSite], seed: int
+) -> None:
     for name, value in drawn.values.items():
         site = posterior.gaussian.unit_model.density.sites[name]
         dims = _plate_dims(name, value.shape[1:], site.constrained_event_dim, site.plates)
         groups.add("posterior", name, value, dims)
-    for name, predicted in predictive_of(drawn, posterior)().items():
+    predictions = predictive_of(drawn, posterior)() | filled_in(posterior, drawn.values, seed)
+    for name, predicted in predictions.items():
         found = sites[name]
         value = predicted.reshape(len(predicted), *found.value.shape)
         dims = _plate_dims(name, found.value.shape, found.event_dim, found.plates)
@@ -177,12 +181,25 @@ def _add_data(groups: Groups, posterior: PosteriorDraws, sites: dict[str, Observ
     observed = [site for site in sites.values() if not site.deterministic]
     for site in observed:
         dims = _plate_dims(site.name, site.value.shape, site.event_dim, site.plates)
-        groups.add("observed_data", site.name, site.value, dims)
+        groups.add("observed_data", site.name, _what_was_seen(site), dims)
     known = {dim for dims in groups.dims.values() for names in dims.values() for dim in names}
     for argument, value in _arguments(posterior).items():
         name = f"{argument}_data" if argument in known else argument  # plates keep their names
-        if not any(value.shape == site.value.shape and torch.equal(value, site.value) for site in observed):
+        if not any(_same(value, site.value) for site in observed):
             groups.add("constant_data", name, value, _plate_dims(name, value.shape, 0, ()))
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are the same, also where values are missing in both."""
+    return one.shape == other.shape and bool(((one == other) | (one.isnan() & other.isnan())).all())
+
+
+def _what_was_seen(site: ObservedSite) -> Tensor:
+    """The data of a site, NaN where a mask hides what stands there."""
+    if site.seen is None or bool(site.seen.all()):
+        return site.value
+    value = site.value if site.value.is_floating_point() else site.value.to(torch.get_default_dtype())
+    return value.masked_fill(~site.seen, torch.nan)
 
 
 def _arguments(posterior: PosteriorDraws) -> dict[str, Tensor]:
@@ -196,8 +213,13 @@ def _arguments(posterior: PosteriorDraws) -> dict[str, Tensor]:
     return {name: value for name, value in bound.arguments.items() if isinstance(value, Tensor)}
 
 
-def _add_log_likelihood(groups: Groups, found: Mapping[str, Pointwise]) -> None:
+def _add_log_likelihood(groups: Groups, found: Mapping[str, Pointwise], sites: Mapping[str, ObservedSite]) -> None:
     for name, (values, plates) in found.items():
+        seen = sites[name].seen_events if name in sites else None
+        if seen is not None and not bool(seen.all()):  # a term that is not there is none of zero, to be counted
+            groups.add("log_likelihood", name, values[:, seen.broadcast_to(values.shape[1:])], [f"{name}_seen"])
+            groups.coords[f"{name}_seen"] = seen.flatten().nonzero().squeeze(-1).cpu().numpy()
+            continue
         known = groups.dims.get("observed_data", {}).get(name)
         if known is None:  # of units alone, wherever their plate is among others
             known = [frame.name for frame in plates]

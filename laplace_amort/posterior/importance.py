@@ -19,9 +19,10 @@ import numpy
 import scipy.special
 
 from laplace_amort.posterior.clusters import SeveralT, clustered
-from laplace_amort.posterior.proposals import Normal, SplitT, matched_normal, split_along_axes
+from laplace_amort.posterior.proposals import Normal, SplitT, split_along_axes
 from laplace_amort.posterior.psis import K_GOOD, pareto_smoothed
 from laplace_amort.types import Vector
+from laplace_amort.units import matched_normal
 
 __all__ = ["ImportanceSample", "ImportanceSampler", "normal_sample"]
 

@@ -30,7 +30,7 @@ from laplace_amort.model import UnitModel
 from laplace_amort.posterior.draws import PosteriorDraws
 from laplace_amort.posterior.known import distinct_rows
 from laplace_amort.posterior.unit_draws import NestedUnits, WeightedUnits
-from laplace_amort.units import GRID_DIM, GaussHermite, Laplace, QuadraturePoints, QuadratureRule, StudentPoints
+from laplace_amort.units import Laplace, QuadraturePoints, QuadratureRule, accurate_rule
 
 __all__ = [
     "ConditionalLikelihood",
@@ -200,7 +200,7 @@ def rule_of(posterior: PosteriorDraws) -> QuadratureRule:
         return posterior.units.rule
     if isinstance(posterior.units, NestedUnits) and not math.isnan(posterior.log_evidence):
         return Laplace()
-    return GaussHermite(9) if posterior.gaussian.local_loc.shape[1] <= GRID_DIM else StudentPoints(256)
+    return accurate_rule(posterior.gaussian.local_loc.shape[1])
 
 
 @torch.no_grad()

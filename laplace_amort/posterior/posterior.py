@@ -9,10 +9,12 @@ from functools import cached_property
 from typing import Any, Self
 
 from pyro.infer import Predictive
+from torch import Tensor
 
 from laplace_amort.posterior import markup
 from laplace_amort.posterior.draws import DRAWS, PosteriorDraws
 from laplace_amort.posterior.export import as_datatree, export
+from laplace_amort.posterior.filled import filled_in
 from laplace_amort.posterior.likelihood import LogLikelihood, MarginalLikelihood
 from laplace_amort.posterior.new_units import posterior_for
 from laplace_amort.posterior.predictive import SeenUnits, Units, predictive
@@ -66,6 +68,21 @@ class Posterior(PosteriorDraws):
         >>> result.posterior.sample(5)["y"].shape
         torch.Size([5, 2])
     """
+
+    def sample(self, num_samples: int, seed: int | None = None) -> dict[str, Tensor]:
+        """Draw from the posterior.
+
+        :param int num_samples: number of draws.
+        :param int seed: of these draws; another one gives others.
+        :return: constrained values ``(num_samples, *shape)`` by site: of all latents, and of sites of which
+            ``obs_mask`` hides a part, filled in. What is hidden is drawn, by a run of the model for each draw;
+            :meth:`sample_latents` has the latents alone.
+
+        Values of the globals repeat where there are more draws than weighted ones, or where weights are unequal; see
+        :meth:`refined`.
+        """
+        drawn = self.sample_latents(num_samples, seed)
+        return {**drawn, **filled_in(self, drawn, self.seed if seed is None else seed)}
 
     def to_frame(self, quantiles: Sequence[float] = PROBABILITIES) -> Any:
         """Return mean, standard deviation and quantiles of the globals, a row for each element such as ``beta[2]``.

@@ -70,7 +70,7 @@ class SeenUnits:
     def draw(self, posterior: PosteriorDraws, num_samples: int, seed: int | None) -> Drawn:
         """See :class:`Units`."""
         refuse_minibatch(posterior)
-        values, sizes = all_units(posterior, posterior.sample(num_samples, seed))
+        values, sizes = all_units(posterior, posterior.sample_latents(num_samples, seed))
         layout = posterior.gaussian.unit_model.layout
         if self.index is None:
             return Drawn(values, sizes)
@@ -101,7 +101,7 @@ class NewUnits:
                 "the model has no globals, so that the fit says nothing of new units. What the model says of them:\n"
                 "    Predictive(pyro.poutine.uncondition(model), num_samples=1000)(*args)"
             )
-        values = posterior.sample(num_samples, seed)
+        values = posterior.sample_latents(num_samples, seed)
         return Drawn({name: values[name] for name in sites}, _plate_sizes(sites))
 
 
@@ -127,7 +127,7 @@ class ConditionedUnits:
     def draw(self, posterior: PosteriorDraws, num_samples: int, seed: int | None) -> Drawn:
         """See :class:`Units`."""
         found = posterior_for(posterior, self.args, dict(self.kwargs))
-        return all_units(found, found.sample(num_samples, seed))
+        return all_units(found, found.sample_latents(num_samples, seed))
 
 
 def predictive(

@@ -7,12 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy
-import scipy.special
 
 from laplace_amort.types import Vector
-from laplace_amort.units import sobol_points, student_log_density, student_points
+from laplace_amort.units import matched_normal, sobol_points, student_log_density, student_points
 
-__all__ = ["DF", "STRETCH", "Normal", "SplitT", "matched_normal", "split_along_axes"]
+__all__ = ["DF", "STRETCH", "Normal", "SplitT", "split_along_axes"]
 
 # Of the proposals: tails that are heavier than those of any posterior in unconstrained space with proper priors.
 DF = 5.0
@@ -73,20 +72,6 @@ class Normal:
         constant = numpy.log(numpy.diag(self.tril)).sum() + len(self.loc) / 2 * math.log(2 * math.pi)
         log_density: Vector = -(z**2).sum(-1) / 2 - constant
         return log_density
-
-
-def matched_normal(number: int, dim: int, seed: int) -> Vector:
-    """Return quasi-random standard normal points ``(S, d)`` whose mean is zero and whose covariance is the identity.
-
-    :param int number: ``S``, above ``d``.
-    :param int dim: ``d``.
-    :param int seed: of the points.
-    """
-    points = scipy.special.ndtri(sobol_points(number, dim, seed))
-    points = points - points.mean(0)
-    factor = numpy.linalg.cholesky(points.T @ points / number)
-    matched: Vector = numpy.linalg.solve(factor, points.T).T
-    return matched
 
 
 def split_along_axes(log_density: Callable[[Vector], Vector], loc: Vector, tril: Vector) -> SplitT:

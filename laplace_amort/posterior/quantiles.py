@@ -54,4 +54,4 @@ def weighted_quantiles(values: Vector, weights: Vector, probabilities: Sequence[
     for column, order in enumerate(flat.argsort(0).T):
         below = weights[order].cumsum() - weights[order] / 2
         found[:, column] = numpy.interp(probabilities, below, flat[order, column])
-    return found.reshape(-1, *values.shape[1:])
+    return found.reshape(len(probabilities), *values.shape[1:])

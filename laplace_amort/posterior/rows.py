@@ -79,7 +79,8 @@ def rows_of(posterior: PosteriorDraws) -> tuple[list[Rows], list[str]]:
     with torch.no_grad():
         latent = list(_latent(posterior))
     functions, notes = _functions(posterior)
-    return [rows.kept(_varying(rows.values)) for rows in (*latent, *functions)], notes
+    found = [rows.kept(_varying(rows.values)) for rows in (*latent, *functions)]
+    return [rows for rows in found if rows.names], notes
 
 
 def _varying(values: Vector) -> Vector:

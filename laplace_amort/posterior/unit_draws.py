@@ -15,7 +15,6 @@ from torch import Tensor
 
 from laplace_amort.guide import LaplaceGaussian
 from laplace_amort.posterior.known import KnownConditionals
-from laplace_amort.posterior.proposals import matched_normal
 from laplace_amort.types import Vector
 from laplace_amort.units import (
     GRID_DIM,
@@ -24,6 +23,7 @@ from laplace_amort.units import (
     Laplace,
     QuadratureRule,
     UnitIntegrals,
+    matched_normal,
     sobol_points,
 )
 

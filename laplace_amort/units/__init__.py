@@ -5,16 +5,16 @@ from laplace_amort.units.integrals import Conditionals, Integrals, UnitIntegrals
 from laplace_amort.units.marginal import LogDetAlongMode, laplace_marginal
 from laplace_amort.units.modes import FreeMode, Mode, NewtonMode
 from laplace_amort.units.newton import ModeStatus, default_tolerance
+from laplace_amort.units.points import matched_normal, sobol_points, student_log_density, student_points
 from laplace_amort.units.quadrature import (
     GRID_DIM,
     GaussHermite,
     Laplace,
+    NormalPoints,
     QuadraturePoints,
     QuadratureRule,
     StudentPoints,
-    sobol_points,
-    student_log_density,
-    student_points,
+    accurate_rule,
 )
 
 __all__ = [
@@ -29,12 +29,15 @@ __all__ = [
     "Mode",
     "ModeStatus",
     "NewtonMode",
+    "NormalPoints",
     "QuadraturePoints",
     "QuadratureRule",
     "StudentPoints",
     "UnitIntegrals",
+    "accurate_rule",
     "default_tolerance",
     "laplace_marginal",
+    "matched_normal",
     "sobol_points",
     "student_log_density",
     "student_points",

@@ -37,6 +37,8 @@ _LOOSE = 1e-2
 _ROUND = 1
 # Newton decrement up to which a step that was not tried yet may be where the next round starts.
 _NEAR = 1.0
+# Dimensions of a unit up to which products with its factor are sums, and no calls of a library for each.
+_UNROLLED = 4
 # What the passes back of one evaluation of Newton's method take, as a multiple of the memory of a value.
 _PASSES = 5
 
@@ -58,6 +60,8 @@ class Conditionals(NamedTuple):
 
     def at(self, points: Tensor) -> Tensor:
         """Return the images of standardized points ``(Q, k)`` or ``(S, Q, N, k)``, as ``(S, Q, N, k)``."""
+        if points.dim() == 2 and points.shape[-1] > _UNROLLED:
+            return self.mode.unsqueeze(1) + (points @ self.scale_tril.mT).movedim(-2, 1)
         points = points.unsqueeze(-2) if points.dim() == 2 else points
         return self.mode.unsqueeze(1) + (self.scale_tril.unsqueeze(1) * points.unsqueeze(-2)).sum(-1)
 

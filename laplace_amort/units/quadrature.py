@@ -16,28 +16,29 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy
-import scipy.special
 import torch
 from torch import Tensor
 
 from laplace_amort.types import Vector
+from laplace_amort.units.points import matched_normal, sobol_points, student_log_density, student_points
 
 __all__ = [
     "GRID_DIM",
     "GaussHermite",
     "Laplace",
+    "NormalPoints",
     "QuadraturePoints",
     "QuadratureRule",
     "StudentPoints",
-    "sobol_points",
-    "student_log_density",
-    "student_points",
+    "accurate_rule",
 ]
 
 # Dimensions, and points, up to which a grid is taken without being asked for.
 GRID_DIM, _MOST = 3, 1000
 # Points of one rule along a line, beyond which their weights underflow; and of one panel of several side by side.
 _ALONG, _PANEL = 257, 64
+# Dimensions up to which points of a t cover a normal unit.
+_STUDENT_DIM = 8
 # By what factor the weights of points may be changed.
 _CHANGED = 3.0
 
@@ -98,7 +99,7 @@ class Laplace:
 
     def finer(self, local_dim: int) -> QuadratureRule:
         """Return a rule with more points."""
-        return GaussHermite(5) if local_dim <= GRID_DIM else StudentPoints(256)
+        return GaussHermite(5) if local_dim <= GRID_DIM else _scattered(local_dim)
 
 
 @dataclass(frozen=True)
@@ -203,6 +204,57 @@ class StudentPoints:
         return StudentPoints(4 * self.num_points, self.df, self.seed + 1)
 
 
+@dataclass(frozen=True)
+class NormalPoints:
+    r"""Quasi-random points of a normal distribution around the mode, for units of many dimensions.
+
+    Importance sampling of each unit whose proposal is the Laplace approximation: of a normal unit all weights are the
+    same, in any number of dimensions, where those of :class:`StudentPoints` say less and less from ten on. Mean and
+    covariance of the points are those of the distribution.
+
+    Do not use it for units whose tails are heavier than a normal's.
+
+    :param int num_points: a power of two; more are taken where a unit has as many dimensions.
+    :param int seed: of the points.
+    :raises ValueError: if there are none.
+
+    Example::
+
+        >>> points = NormalPoints(64).points(10, torch.zeros((), dtype=torch.float64)).points
+        >>> bool(torch.allclose(points.mT @ points / len(points), torch.eye(10, dtype=torch.float64)))
+        True
+    """
+
+    num_points: int = 256
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.num_points < 1:
+            raise ValueError(f"num_points must be at least 1, got {self.num_points}")
+
+    def points(self, local_dim: int, like: Tensor) -> QuadraturePoints:
+        """Return the points."""
+        number = 2 ** math.ceil(math.log2(max(self.num_points, 4 * local_dim)))
+        grid = matched_normal(number, local_dim, self.seed)
+        log_density = -(grid**2).sum(-1) / 2 - local_dim / 2 * math.log(2 * math.pi)
+        parts = grid, numpy.full(number, -math.log(number)), log_density
+        return QuadraturePoints(*(torch.from_numpy(part).to(like) for part in parts))
+
+    def finer(self, local_dim: int) -> QuadratureRule:
+        """Return four times as many points, others."""
+        return NormalPoints(4 * self.num_points, self.seed + 1)
+
+
+def accurate_rule(local_dim: int) -> QuadratureRule:
+    """Return a rule that nearly every unit of ``k`` dimensions is integrated well by."""
+    return GaussHermite(9 if local_dim <= 2 else 5) if local_dim <= GRID_DIM else _scattered(local_dim)
+
+
+def _scattered(local_dim: int) -> QuadratureRule:
+    """Return the rule without a grid that suits units of ``k`` dimensions."""
+    return StudentPoints(256) if local_dim <= _STUDENT_DIM else NormalPoints(256)
+
+
 def _calibrated(points: Vector, log_density: Vector) -> Vector:
     r"""Change a density a little so that mass, mean and covariance of a standard normal come out exactly.
 
@@ -224,35 +276,3 @@ def _calibrated(points: Vector, log_density: Vector) -> Vector:
     near_one = factor.min() > 1 / _CHANGED and factor.max() < _CHANGED
     calibrated: Vector = log_density - numpy.log(factor) if near_one else log_density
     return calibrated
-
-
-def sobol_points(num_points: int, dim: int, seed: int) -> Vector:
-    """Return scrambled Sobol points inside of the unit cube, ``(Q, dim)``.
-
-    :param int num_points: ``Q``; the first of a sequence whose balance is best at powers of two.
-    :param int dim: of the cube.
-    :param int seed: of the scrambling.
-    """
-    engine = torch.quasirandom.SobolEngine(dim, scramble=True, seed=seed)
-    points: Vector = engine.draw(num_points, dtype=torch.float64).clamp(1e-12, 1 - 1e-12).numpy()
-    return points
-
-
-def student_points(uniform: Vector, df: float) -> Vector:
-    """Return points of a standard multivariate t: one uniform coordinate each, and one for the scale if k > 1.
-
-    :param uniform: ``(Q, 1)``, or ``(Q, k + 1)``.
-    :param float df: degrees of freedom.
-    :return: ``(Q, k)``.
-    """
-    if uniform.shape[-1] == 1:
-        return scipy.special.stdtrit(df, uniform)
-    normal = scipy.special.ndtri(uniform[..., :-1])
-    return normal * numpy.sqrt(df / (2 * scipy.special.gammaincinv(df / 2, uniform[..., -1:])))
-
-
-def student_log_density(points: Vector, df: float) -> Vector:
-    """Return the log density of a standard multivariate t at points ``(*, k)``, as ``(*,)``."""
-    k = points.shape[-1]
-    constant = scipy.special.gammaln((df + k) / 2) - scipy.special.gammaln(df / 2) - k / 2 * math.log(df * math.pi)
-    return constant - (df + k) / 2 * numpy.log1p((points**2).sum(-1) / df)

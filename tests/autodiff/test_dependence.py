@@ -31,3 +31,9 @@ def test_memory_is_that_of_all_results():
     run = watched(lambda a: (a + 1) * 2, A.clone())
     assert run.num_bytes == 2 * A.numel() * 8
     assert torch.equal(run.result, (A + 1) * 2)
+
+
+def test_what_follows_from_an_argument():
+    """Also by operations that have no graph, such as comparisons."""
+    run = watched(lambda a: [(a > 1.5).any(), a.detach() + 1, torch.ones(2), A * 2], A.clone())
+    assert run.follows == [True, True, False, False]

@@ -17,8 +17,11 @@ def test_blocks_say_how_the_fits_end(tmp_path, monkeypatch):
     for block in documents.python_blocks(TEXT):
         documents.execute(block, DOCUMENT, scope)
         results.append(scope["result"])
-    assert [result.status.name for result in results] == ["CONVERGED", "MAX_STEPS", "MAX_STEPS"]
+    assert [result.status.name for result in results] == ["CONVERGED", *["MAX_STEPS"] * 3, "CONVERGED"]
+    assert scope["draws"]["y"].shape == (1000, 50)
     assert results[2].objective != results[1].objective  # it went on
+    assert scope["filled"].shape == (100, 30, 4)
+    assert scope["filled"].isfinite().all()
 
 
 def test_every_status_is_explained():

@@ -9,8 +9,11 @@ from laplace_amort import (
     FitStatus,
     FixedDrawELBO,
     FreeMode,
+    Ladder,
     MarginalCurvature,
     MarginalLaplace,
+    MarginalQuadrature,
+    QuasiNewton,
     ResumeError,
     Stochastic,
     TrustRegion,
@@ -31,6 +34,14 @@ CASES = {
 }
 
 
+def assert_near(actual, expected):
+    """A file has no modes of the units: they are found anew, to the tolerance of the search."""
+    assert actual.status == expected.status
+    assert actual.objective == pytest.approx(expected.objective, rel=1e-7)
+    distance = (actual.guide.loc - expected.guide.loc).detach()
+    assert (distance.abs() < 1e-4 * (1 + expected.guide.loc.detach().abs())).all()
+
+
 def assert_same(actual, expected):
     assert trajectory(actual) == trajectory(expected)
     assert torch.equal(actual.guide.loc, expected.guide.loc)
@@ -40,7 +51,7 @@ def assert_same(actual, expected):
 
 @pytest.mark.parametrize("case", CASES)
 def test_resumed_fit_is_the_fit(case, monkeypatch, tmp_path):
-    """Bit by bit, wherever it was interrupted; by the result itself and by a file of it."""
+    """Wherever it was interrupted: bit by bit by the result itself, and by a file of it to the same optimum."""
     options, settings = CASES[case]
     expected = fit(poisson, guide_for(poisson, **options), Z, **settings)
     calls = len(expected.history)
@@ -50,10 +61,12 @@ def test_resumed_fit_is_the_fit(case, monkeypatch, tmp_path):
             stopped = fit(poisson, guide_for(poisson, **options), Z, **settings)
         assert stopped.status is FitStatus.INTERRUPTED
         assert len(stopped.history) == call
-        path = tmp_path / f"{call}.pt"
+        path = tmp_path / f"{call}.laf"
         stopped.save(path)
         assert_same(fit(poisson, stopped.guide, Z, **settings, resume=stopped), expected)  # with the guide as it stands
-        assert_same(fit(poisson, guide_for(poisson, **options), Z, **settings, resume=path), expected)
+        resumed = fit(poisson, guide_for(poisson, **options), Z, **settings, resume=path)
+        assert trajectory(resumed)[:call] == trajectory(stopped)
+        assert_near(resumed, expected)
 
 
 def test_interrupted_fit_has_the_best_point(monkeypatch):
@@ -86,6 +99,32 @@ def test_interrupted_twice(monkeypatch):
     assert_same(fit(poisson, guide_for(poisson), Z, objective=FixedDrawELBO(num_draws=4), resume=result), expected)
 
 
+FEW_STEPS = {
+    "Laplace": (MarginalLaplace(), lambda most: TrustRegion(max_steps=most), 3),
+    "quadrature": (MarginalQuadrature(start_with=None), lambda most: QuasiNewton(max_steps=most), 4),
+    "ladder": (Ladder(), lambda most: TrustRegion(max_steps=most), 3),
+    "elbo": (FixedDrawELBO(num_draws=4), lambda most: QuasiNewton(max_steps=most), 2),
+}
+
+
+@pytest.mark.parametrize("what", FEW_STEPS)
+def test_a_fit_that_ran_out_of_steps_goes_on_with_more(what, tmp_path):
+    """What it did when its steps were spent, such as to begin elsewhere, is left out then."""
+    objective, optimizer, few = FEW_STEPS[what]
+    expected = fit(poisson, guide_for(poisson), Z, objective=objective, optimizer=optimizer(200))
+    assert expected.status is FitStatus.CONVERGED
+    short = fit(poisson, guide_for(poisson), Z, objective=objective, optimizer=optimizer(few))
+    assert short.status is FitStatus.MAX_STEPS
+    short.save(tmp_path / "fit.laf")
+    for resume in (short, tmp_path / "fit.laf"):
+        resumed = fit(poisson, guide_for(poisson), Z, objective=objective, optimizer=optimizer(200), resume=resume)
+        assert_near(resumed, expected)
+        assert len(resumed.history) == len(expected.history)
+        assert_same(
+            fit(poisson, guide_for(poisson), Z, objective=objective, optimizer=optimizer(few), resume=resume), short
+        )
+
+
 def test_more_steps_after_too_few():
     short = fit(poisson, guide_for(poisson), Z, objective=MarginalLaplace(), optimizer=TrustRegion(max_steps=3))
     assert short.status is FitStatus.MAX_STEPS
@@ -116,14 +155,14 @@ def test_another_number_of_units_cannot():
 
 
 def test_files_that_are_none(tmp_path):
-    path = tmp_path / "fit.pt"
+    path = tmp_path / "fit.laf"
     with pytest.raises(FileNotFoundError):
         fit(poisson, guide_for(poisson), Z, resume=path)
     path.write_text("not a fit")
     with pytest.raises(ResumeError, match=r"was not written by FitResult\.save"):
         fit(poisson, guide_for(poisson), Z, resume=path)
     torch.save({"format": "another"}, path)
-    with pytest.raises(ResumeError, match="of this version"):
+    with pytest.raises(ResumeError, match=r"was not written by FitResult\.save, but by torch\.save"):
         fit(poisson, guide_for(poisson), Z, resume=path)
 
 
@@ -141,12 +180,12 @@ def test_resumed_walk_is_the_walk(step, monkeypatch, tmp_path):
         Interrupt(patch, _Walk, "_step", step)
         stopped = fit(subsampled, guide_for(subsampled), COUNTS, 5, objective=FEW)
     assert stopped.status is FitStatus.INTERRUPTED
-    stopped.save(tmp_path / "fit.pt")
-    for guide, resume in ((stopped.guide, stopped), (guide_for(subsampled), tmp_path / "fit.pt")):
-        resumed = fit(subsampled, guide, COUNTS, 5, objective=FEW, resume=resume)
-        assert torch.equal(resumed.guide.loc, expected.guide.loc)
-        assert resumed.objective == expected.objective
-        assert resumed.status is expected.status is FitStatus.MAX_STEPS
+    stopped.save(tmp_path / "fit.laf")
+    resumed = fit(subsampled, stopped.guide, COUNTS, 5, objective=FEW, resume=stopped)
+    assert torch.equal(resumed.guide.loc, expected.guide.loc)
+    assert resumed.objective == expected.objective
+    assert resumed.status is expected.status is FitStatus.MAX_STEPS
+    assert_near(fit(subsampled, guide_for(subsampled), COUNTS, 5, objective=FEW, resume=tmp_path / "fit.laf"), expected)
 
 
 def test_walk_goes_on_with_more_steps():

@@ -18,6 +18,33 @@ def model(clinic, arm, healed, total):
         pyro.sample("healed", dist.Binomial(total, logits=logits), obs=healed)
 
 
+def with_parameter(clinic, arm, healed, total):
+    center = pyro.param("center", torch.zeros(()))
+    mu = pyro.sample("mu", dist.Normal(center, 5.0))
+    with pyro.plate("clinics", int(clinic.max()) + 1):
+        level = pyro.sample("level", dist.Normal(mu, 1.0))
+    with pyro.plate("rows", len(healed)):
+        pyro.sample("healed", dist.Binomial(total, logits=level[..., clinic]), obs=healed)
+
+
+def named(clinic, arm, healed, total):
+    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    tau = pyro.sample("tau", dist.HalfNormal(torch.ones(2)).to_event(1))
+    factor = pyro.sample("L", dist.LKJCholesky(2, 2.0))
+    pyro.deterministic("ratio", tau[..., 0] / tau[..., 1])
+    with pyro.plate("clinics", int(clinic.max()) + 1):
+        scale_tril = tau.unsqueeze(-1) * factor
+        level = pyro.sample("level", dist.MultivariateNormal(mu + torch.zeros(2), scale_tril=scale_tril))
+    with pyro.plate("rows", len(healed)):
+        rows = level[clinic]
+        pyro.sample("healed", dist.Binomial(total, logits=rows[:, 0] + rows[:, 1] * arm), obs=healed)
+
+
+def cauchy(clinic, arm, healed, total):
+    pyro.sample("nu", dist.HalfCauchy(1.0))
+    model(clinic, arm, healed, total)
+
+
 def of_dict(data):
     model(data["clinic"], data["arm"], data["healed"], data["total"])
 

@@ -2,6 +2,7 @@
 
 import pickle
 
+import numpy
 import pyro
 import pyro.distributions as dist
 import torch
@@ -72,6 +73,50 @@ def answers_of_groups(answers, design=None, inside=False):
             return
     with pyro.plate("answers", 6):
         pyro.sample("z", dist.Bernoulli(logits=y[GROUP] if design is None else design @ y), obs=answers)
+
+
+class OwnBernoulli(dist.Bernoulli):
+    """A density of the user's own, which is given its data as they are."""
+
+    def log_prob(self, value):
+        return -torch.nn.functional.binary_cross_entropy_with_logits(self.logits, value, reduction="none")
+
+
+def of_arrays(answers=(), design=None, kind=dist.Bernoulli):
+    """Arrays from around the model, and distributions of the user's own."""
+    with pyro.plate("groups", 3):
+        y = pyro.sample("y", dist.Normal(0.0, 1.0))
+    with pyro.plate("answers", 6):
+        pyro.sample("z", kind(logits=y[GROUP] if design is None else design() @ y), obs=answers())
+
+
+def with_label(label):
+    with pyro.plate("groups", 3):
+        y = pyro.sample("y", dist.Normal(0.0, 1.0))
+        pyro.sample("z", dist.Normal(y + label, 1.0), obs=torch.zeros(3))
+
+
+def proportions(z):
+    with pyro.plate("units", len(z)):
+        y = pyro.sample("y", dist.Normal(0.0, 1.0))
+        pyro.sample("z", dist.Beta(y.exp(), 2.0), obs=z)
+
+
+def imputed_group(seen):
+    """A covariate of two kinds, of which some are missing."""
+    with pyro.plate("units", 3):
+        y = pyro.sample("y", dist.Normal(0.0, 1.0))
+        x = pyro.sample("x", dist.Bernoulli(0.5), obs=torch.ones(3), obs_mask=seen)
+        pyro.sample("z", dist.Normal(y + x, 1.0), obs=Z)
+
+
+class Frame(dict):
+    """What of a frame of pandas is seen here."""
+
+    columns = ("z",)
+
+    def to_numpy(self):
+        return ANSWERS.numpy()
 
 
 def looked_up(group, size=6):
@@ -287,15 +332,25 @@ MODEL_MESSAGES = {
         answers_of_groups, ANSWERS, None, True
     ),
     "ModelError: observed site '...' (...) has data of ..., which its density cannot take": lambda: run(
-        answers_of_groups, ANSWERS.long()
+        of_arrays, ANSWERS.long, None, OwnBernoulli
     ),
     "ModelError: observed site '...' (...) has ... of ... values that are impossible, the first": lambda: run(
         answers_of_groups, ANSWERS + 1
     ),
-    "ModelError: observed site '...' has data that are no tensor, but": lambda: run(answers_of_groups, ANSWERS.numpy()),
+    "ModelError: observed site '...' has data that are no tensor, but": lambda: run(of_arrays, ANSWERS.numpy),
     "ModelError: the model got data that are no tensors after site": lambda: run(
-        answers_of_groups, ANSWERS, torch.eye(6, 3).numpy()
+        of_arrays, ANSWERS.double, torch.eye(6, 3).numpy
     ),
+    "ModelError: observed site '...' (...) has ... of ... values that are on the edge of the support": lambda: run(
+        proportions, torch.tensor([0.2, 1.0])
+    ),
+    "ModelError: site '...' (...) has ... elements that obs_mask hides, and site '...' depends on their": lambda: run(
+        imputed_group, torch.tensor([True, False, True])
+    ),
+    "ModelError: argument ... of the model has ..., and tensors have numbers": lambda: run(
+        with_label, numpy.array(["a", "b", "a"])
+    ),
+    "ModelError: argument ... of the model is a ..., with which it does not run": lambda: run(with_label, Frame()),
     "ModelError: '...' of a distribution ... after site '...' is NaN": lambda: run(
         answers_of_groups, ANSWERS, torch.full((6, 3), torch.nan)
     ),

@@ -25,6 +25,7 @@ from helpers.fit_models import (
 from helpers.planted_guides import make_guide, model
 from helpers.provokers import Z, counts_model
 from laplace_amort import (
+    FitResult,
     FixedDrawELBO,
     GaussHermite,
     LogJoint,
@@ -145,6 +146,16 @@ def no_fit_file():
         fit(gaussian, guide_for(gaussian), Z, resume=path)
 
 
+def no_model():
+    import tempfile
+    from pathlib import Path
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "fit.laf"
+        fit(gaussian, Z, progress=False).save(path)
+        FitResult.load(path).posterior.sample(10)
+
+
 def no_posterior():
     _ = fit(nowhere, guide_for(nowhere), Z, progress=False).posterior
 
@@ -261,6 +272,7 @@ FIT_MESSAGES = {
     "ResumeError: the saved fit went another way than this one": another_fit,
     "ResumeError: the saved fit has ... parameters and units ..., and this guide has others.": other_units,
     "ResumeError: ... was not written by FitResult.save": no_fit_file,
+    "NeedsModelError: this fit was read from a file without its model": no_model,
     "convergence: not converged": lambda: diagnosed(
         gaussian, Z, objective=MarginalLaplace(), optimizer=TrustRegion(max_steps=1)
     ),

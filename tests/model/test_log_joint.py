@@ -44,6 +44,7 @@ figures = Figures()
 # depend on other latents (they freeze the first one they see), sequential plates, subsampling without indices.
 NO_ORACLE = (
     SUBSAMPLED
+    | {"partly_observed"}  # of what obs_mask hides Pyro makes a latent; see test_missing.py
     | {"dependent_support", "dependent_part"}
     | {name for name in MODELS if "improper" in name or "mixture" in name}
 )
@@ -95,7 +96,7 @@ def reference(case, log_joint, packed):
     return trace.log_prob_sum(), plain, scaled_sum
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "partly_observed"])
 def test_value_is_pyros_log_prob_and_the_jacobians(name):
     case, log_joint, packed = make(name)
     log_prob, log_jacobian, scaled_log_jacobian = reference(case, log_joint, packed)

@@ -4,6 +4,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from helpers.provokers import OwnBernoulli
 
 from laplace_amort import AutoLaplaceFamily, LogJoint, MarginalLaplace, ModelError, fit
 
@@ -24,10 +25,10 @@ def in_the_plate_of_the_groups(z=Z):
         pyro.sample("z", dist.Bernoulli(logits=y[GROUP]), obs=z)
 
 
-def observed(z=Z):
+def observed(z=Z, kind=dist.Bernoulli):
     y = intercepts()
     with pyro.plate("answers", 12):
-        pyro.sample("z", dist.Bernoulli(logits=y[GROUP]), obs=z)
+        pyro.sample("z", kind(logits=y[GROUP]), obs=z)
 
 
 def not_observed(z=Z):
@@ -98,10 +99,10 @@ SLIPS = {
         Z,
         ["latent site 'z' is discrete (Bernoulli, in plate 'answers')", "obs= is missing", "dist.MixtureSameFamily("],
     ),
-    "integers": (
-        observed,
+    "integers, in a density of the user's own": (
+        lambda z: observed(z, OwnBernoulli),
         Z.long(),
-        ["observed site 'z' (Bernoulli) has data of torch.int64", "obs=data.to(torch.get_default_dtype())"],
+        ["observed site 'z' (OwnBernoulli) has data of torch.int64", "obs=data.to(torch.get_default_dtype())"],
     ),
     "two precisions": (
         single_precision,
@@ -113,8 +114,11 @@ SLIPS = {
         Z,
         ["no latent site lies in a plate (mu, y)", "with pyro.plate('units', num_units):", "AutoLaplaceApproximation("],
     ),
-    "true and false": (observed, Z.bool(), ["observed site 'z' (Bernoulli) has data of torch.bool", "obs=data.to("]),
-    "NumPy": (observed, Z.numpy(), ["observed site 'z' has data that are no tensor, but ndarray", "torch.as_tensor("]),
+    "NumPy": (
+        lambda z: observed(z.numpy()),
+        Z,
+        ["observed site 'z' has data that are no tensor, but ndarray", "torch.as_tensor("],
+    ),
     "a covariate of NumPy": (
         lambda z: with_matrix(z, torch.eye(12, 4).numpy()),
         Z,
@@ -134,7 +138,12 @@ SLIPS = {
     "an answer is missing": (
         observed,
         holed(Z),
-        ["site 'z' (Bernoulli) has 1 of 12 values", "the first nan at index [5]", "dist...mask(~data.isnan())"],
+        [
+            "site 'z' (Bernoulli) has 1 of 12 values",
+            "the first nan at index [5]",
+            "dist...mask(~data.isnan()), obs=data.nan_to_num(0))",
+            "obs_mask=~data.isnan())",
+        ],
     ),
     "a covariate is missing": (
         with_covariate,
@@ -194,7 +203,7 @@ def test_the_reason_why_a_model_is_not_recorded_has_no_table_of_shapes():
 
 
 def test_the_line_to_type_works():
-    AutoLaplaceFamily(observed)(Z.long().to(torch.get_default_dtype()))
+    AutoLaplaceFamily(observed)(Z.long().to(torch.get_default_dtype()), OwnBernoulli)
 
 
 def test_data_that_can_be_are_taken():

@@ -7,6 +7,7 @@ import torch
 from helpers.fit_models import guide_for, poisson, poisson_counts
 from helpers.unit_models import UNIT_MODELS
 
+from laplace_amort import LogJoint
 from laplace_amort.autodiff import Recording
 from laplace_amort.errors import RecordingError
 from laplace_amort.guide.problem import Problem
@@ -91,3 +92,20 @@ def test_gradients_reach_the_globals_alone():
     (gradient,) = torch.autograd.grad(units(row, local).sum(), row)
     assert (gradient[:-1] != 0).all()
     assert gradient[-1] == 0
+
+
+def test_functions_of_latents_follow_them_where_data_are_drawn():
+    """Pyro's uncondition makes a value of a pyro.deterministic, which would stay where the data were drawn."""
+
+    def model(deterministic, z):
+        y = pyro.sample("y", dist.Normal(0.0, 1.0).expand([3]).to_event(1))
+        twice = pyro.deterministic("twice", 2 * y) if deterministic else 2 * y
+        with pyro.plate("rows", 3):
+            pyro.sample("z", dist.Normal(twice, 1.0), obs=z)
+
+    values = []
+    for deterministic in (True, False):
+        torch.manual_seed(0)
+        drawn = LogJoint(model, deterministic, torch.zeros(3)).simulated({"y": torch.ones(3)})
+        values.append([float(drawn(point)) for point in (torch.zeros(3), torch.ones(3))])
+    assert values[0] == pytest.approx(values[1])

@@ -48,7 +48,7 @@ def test_marginals_of_a_normal_posterior_are_normal(objective):
         assert values == pytest.approx(scipy.stats.norm.pdf(points, mean, sd), abs=0.04 / sd)
         assert area((points, values)) == pytest.approx(1, abs=5e-3)
     labels = [text.get_text() for text in axes.figure.legends[0].get_texts()]
-    assert labels == [*(["posterior"] if objective == "marginal" else []), "Gaussian", "5, 50, 95 %"]
+    assert labels == [*(["posterior"] if objective == "marginal" else []), "Gaussian approximation", "5, 50, 95 %"]
 
 
 def test_marginals_of_a_positive_global_are_densities_with_the_quantiles_of_the_posterior():
@@ -128,7 +128,7 @@ def test_a_reference_in_every_form(form):
     }[form]
     mu, tau = plots.marginals_figure(counts_fit(), reference).axes
     labels = [text.get_text() for text in mu.figure.legends[0].get_texts()]
-    assert labels == ["posterior", "Gaussian", "reference", "5, 50, 95 %"]
+    assert labels == ["posterior", "Gaussian approximation", "reference", "5, 50, 95 %"]
     values = counts_fit().posterior.sample(1000) if form == "fit" else draws
     for axes, name in ((mu, "mu"), (tau, "tau")):
         expected = numpy.quantile(values[name].numpy(), [0.05, 0.5, 0.95])
@@ -271,6 +271,7 @@ def test_the_legend_of_pairs_names_what_is_drawn():
     def labels(figure):
         return [text.get_text() for text in figure.legends[0].get_texts()]
 
-    assert labels(plots.pairs_figure(gaussian_fit("elbo"))) == ["Gaussian"]
-    assert labels(plots.pairs_figure(gaussian_fit("marginal"))) == ["posterior", "Gaussian"]
-    assert labels(plots.pairs_figure(counts_fit())) == ["draw, area its weight", "Gaussian, 50 %", "Gaussian, 90 %"]
+    assert labels(plots.pairs_figure(gaussian_fit("elbo"))) == ["Gaussian approximation"]
+    assert labels(plots.pairs_figure(gaussian_fit("marginal"))) == ["posterior", "Gaussian approximation"]
+    contours = [f"Gaussian approximation, {mass} %" for mass in (50, 90)]
+    assert labels(plots.pairs_figure(counts_fit())) == ["draw, area its weight", *contours]

@@ -11,9 +11,9 @@ from helpers.unit_models import UNIT_MODELS
 from laplace_amort import Ladder, fit
 from laplace_amort.posterior import marginal as module
 from laplace_amort.posterior.marginal import MarginalDensity, log_densities
-from laplace_amort.posterior.proposals import matched_normal
 from laplace_amort.posterior.unit_draws import WeightedUnits
 from laplace_amort.units import Conditionals, GaussHermite, Laplace
+from laplace_amort.units.points import matched_normal
 
 D = 2
 

@@ -89,9 +89,10 @@ def test_an_element_has_one_name_everywhere(objective):
         rows = [re.split(r" {2,}", line.strip()) for line in shown.splitlines()]
         start = next(index for index, row in enumerate(rows) if row[0] == "global")
         assert rows[start] == ["global", *(column.replace("%", " %") for column in frame.columns)]
-        assert [row[0] for row in rows[start + 2 :]] == names
-    # The table of the posterior has the numbers of its frame; that of the fit, those of the Gaussian.
-    assert [row[1:] for row in rows[start + 2 :]] == [[f"{x:.4g}" for x in frame.loc[name]] for name in names]
+        of_table = rows[start + 2 : start + 2 + len(names)]
+        assert [row[0] for row in of_table] == names
+        # The table has the numbers of the frame.
+        assert [row[1:] for row in of_table] == [[f"{x:.4g}" for x in frame.loc[name]] for name in names]
     assert list(found.posterior.draws_to_frame(2).columns[:5]) == names
 
 

@@ -16,7 +16,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from laplace_amort.errors import NUMERICAL_ERRORS, ModeNotFoundError
+from laplace_amort.errors import NUMERICAL_ERRORS, KinkError, ModeNotFoundError
 from laplace_amort.fitting.evaluation import Evaluation, Maximum
 from laplace_amort.fitting.history import History
 from laplace_amort.fitting.optimizers import Optimizer
@@ -26,7 +26,7 @@ from laplace_amort.posterior import Posterior
 from laplace_amort.types import Vector
 from laplace_amort.units import Integrals, ModeStatus
 
-__all__ = ["Objective", "ObjectiveFunction", "posterior_whitening", "refuse_lost_units"]
+__all__ = ["Objective", "ObjectiveFunction", "gaussian_at", "posterior_whitening", "refuse_lost_units"]
 
 
 @runtime_checkable
@@ -82,11 +82,16 @@ class ObjectiveFunction(ABC):
         set_vector(self.parameters, point)
 
     def __call__(self, point: Vector) -> Evaluation:
-        """Evaluate, without an error where the objective does not exist."""
+        """Evaluate, without an error where the objective does not exist.
+
+        :raises KinkError: if the modes of units are lost, and their density has a kink.
+        """
         self.move(point)
         try:
             found = self._evaluate_with_second_thoughts()
         except NUMERICAL_ERRORS as error:
+            if isinstance(error, ModeNotFoundError) and self.problem.kink is not None:
+                raise KinkError(str(self.problem.kink)) from error  # wherever it goes, there is another
             return _nothing(point, f"{type(error).__name__}: {error}")
         derivatives = [part for part in (found.gradient, found.information) if part is not None]
         if not (math.isfinite(found.value) and all(numpy.isfinite(part).all() for part in derivatives)):
@@ -118,6 +123,21 @@ class ObjectiveFunction(ABC):
 
 def _nothing(point: Vector, failure: str) -> Evaluation:
     return Evaluation(-math.inf, numpy.full_like(point, numpy.nan), failure=failure)
+
+
+def gaussian_at(problem: Problem, objective: Objective, maximum: Maximum) -> LaplaceGaussian | None:
+    """Return the posterior where the guide stands, by the model itself; None where there is none.
+
+    :param Problem problem: the guide and the data.
+    :param objective: what was maximized.
+    :param Maximum maximum: where that ended.
+    """
+    try:
+        with torch.no_grad():
+            gaussian = objective.gaussian(problem, maximum)
+            return dataclasses.replace(gaussian, unit_model=problem.unit_model.live())
+    except NUMERICAL_ERRORS:
+        return None
 
 
 def posterior_whitening(problem: Problem, size: int, with_units: bool) -> Whitening:

@@ -114,7 +114,7 @@ class FixedDrawELBO:
             whitening = history.timed("whitening", function.whitening)
             norm = _norm_in(whitening)
             watched = history.watched("ELBO", function, norm, num_draws)
-            maximum = optimizer.maximize(watched, function.point(), _always(whitening))
+            maximum = history.maximize(optimizer, watched, function.point(), _always(whitening))
             function.move(maximum.point)
             if not maximum.status.ok or not len(maximum.point):
                 return maximum

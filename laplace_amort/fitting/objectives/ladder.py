@@ -18,8 +18,8 @@ from laplace_amort.fitting.objectives.laplace import MarginalLaplace
 from laplace_amort.fitting.objectives.quadrature import MarginalQuadrature
 from laplace_amort.fitting.optimizers import Optimizer, QuasiNewton, TrustRegion
 from laplace_amort.guide import LaplaceGaussian, Problem
-from laplace_amort.posterior import NestedUnits, Posterior, matched_normal
-from laplace_amort.units import Laplace, QuadraturePoints, QuadratureRule, UnitIntegrals, unit_moments
+from laplace_amort.posterior import NestedUnits, Posterior
+from laplace_amort.units import Laplace, QuadraturePoints, QuadratureRule, UnitIntegrals, matched_normal, unit_moments
 
 __all__ = ["Ladder"]
 

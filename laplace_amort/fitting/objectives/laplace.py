@@ -76,7 +76,7 @@ class MarginalLaplace:
             information = value(start).information
             return Whitening.of_information(numpy.eye(len(start)) if information is None else information)
 
-        maximum = optimizer.maximize(value, start, whitening)
+        maximum = history.maximize(optimizer, value, start, whitening)
         function.move(maximum.point)
         return maximum
 

@@ -74,7 +74,7 @@ class MarginalQuadrature:
             "whitening", lambda: posterior_whitening(history.problem, len(function.point()), with_units=False)
         )
         value = history.watched("quadrature", function, lambda found: about.norm(found.gradient))
-        maximum = optimizer.maximize(value, function.point(), lambda: about)
+        maximum = history.maximize(optimizer, value, function.point(), lambda: about)
         function.move(maximum.point)
         if maximum.status is FitStatus.START_FAILED:
             return maximum

@@ -143,6 +143,7 @@ class WalkState:
     :param optimizer: state of the optimizer; None before its first step.
     :param list means: of the iterates of each window, ``(P,)``.
     :param list globals_: iterates of each window, ``(W, d)``.
+    :param list history: of :class:`Step`, one for each window in all.
     :param int num_steps: in all.
     :param Vector previous: the average at the learning rate before, ``(P,)``; None if it is the first.
     :param float shift: between the averages of the last two learning rates, in standard deviations.
@@ -159,6 +160,7 @@ class WalkState:
     optimizer: dict[str, Any] | None = None
     means: list[Tensor] = field(default_factory=list)
     globals_: list[Tensor] = field(default_factory=list)
+    history: list[Step] = field(default_factory=list)
     num_steps: int = 0
     previous: Vector | None = None
     shift: float = math.inf
@@ -224,6 +226,7 @@ class _Walk:
         history.problem.hand_back()
         self.problem = history.problem.as_given()  # Pyro's ELBO sees the guide itself, and minibatches have more noise
         self.guide, self.model = self.problem.guide, self.problem.unit_model
+        self.completed = self.problem.completed_model
         # For parameters and whitening; the draws are never made.
         self.function, self.exact = (ELBOFunction(problem, 2, 0) for problem in (self.problem, history.problem))
         self.elbo, self.notes = _elbo_for(how.elbo, self.problem)
@@ -236,6 +239,8 @@ class _Walk:
             self.state = self.history.walk = self._state_at(self.function.point(), self.how.lr, rng)
             return
         self.state = self.history.walk
+        for step in self.state.history:
+            self._show(step)
         if self.state.status is FitStatus.MAX_STEPS and self.state.num_steps < self.how.max_steps:
             self.state.status = None  # more are allowed now
 
@@ -264,15 +269,20 @@ class _Walk:
             self.history.bar.update()
         self._keep(iterates, losses)
         label, seconds = f"stochastic, lr {state.lr:.3g}", time.perf_counter() - begun
-        self.history.steps.append(Step(label, -state.loss, state.shift, 0, seconds, self.failure))
-        self.history.add_time("stochastic", seconds)
+        state.history.append(Step(label, -state.loss, state.shift, 0, seconds, self.failure))
+        self._show(state.history[-1])
+
+    def _show(self, step: Step) -> None:
+        """Make a window part of the history of the fit."""
+        self.history.steps.append(step)
+        self.history.add_time("stochastic", step.seconds)
 
     def _step(self) -> float:
         """Take one step of the optimizer; from where there is no objective, half-way back to where there was one."""
         now = self.u.detach().clone()
         self.function.move(self.state.origin + self.state.whitening.step(now.numpy()))
         try:
-            loss = float(self.elbo.loss_and_grads(self.guide.model, self.guide, *self.model.args, **self.model.kwargs))
+            loss = float(self.elbo.loss_and_grads(self.completed, self.guide, *self.model.args, **self.model.kwargs))
             failure = "" if math.isfinite(loss) else f"the loss is {loss}"
         except NUMERICAL_ERRORS as error:
             loss, failure = math.nan, f"{type(error).__name__}: {error}"
@@ -320,6 +330,7 @@ class _Walk:
             else:
                 half = self._state_at(average, state.lr / 2, state.rng)
                 half.num_steps, half.previous, half.shift, half.loss = state.num_steps, average, state.shift, state.loss
+                half.history = state.history
                 self.state = self.history.walk = half
         if self.state.status is None and self.state.num_steps >= self.how.max_steps:
             self.state.status = FitStatus.MAX_STEPS
@@ -327,13 +338,14 @@ class _Walk:
     def finish(self) -> Maximum:
         """Put the guide at the average, and say where that is."""
         state, point = self.state, self.state.average()
+        torch.set_rng_state(state.rng)  # also where no window was left to take
         self.function.move(point)
         self.exact.move(point)
         value, error = -state.loss, 0.0
         if state.status in (FitStatus.CONVERGED, FitStatus.MAX_STEPS):
             with torch.no_grad():
                 losses = [
-                    self.elbo.loss(self.guide.model, self.guide, *self.model.args, **self.model.kwargs)
+                    self.elbo.loss(self.completed, self.guide, *self.model.args, **self.model.kwargs)
                     for _ in range(_FINAL)
                 ]
             average = torch.tensor(losses, dtype=torch.float64)
