@@ -24,14 +24,16 @@ from silent_priors import Array
 
 NODES = {1: (7, 11, 17, 61, 121, 241), 2: (5, 7, 11, 17, 27, 39), 3: (5, 7, 9, 13, 17)}
 MOST_HERMITE, REACH = 39, 9.0  # nodes of a Gauss-Hermite rule; beyond, equal steps over so many standard deviations
-SETTLED = 0.01  # nats by which a finer rule may move the log marginal density of one point against others
-SETTLED_FAIRLY = 0.05  # the same, of the finest rule
-NEWTON = 8  # steps for the mode of a unit, at most: integrals do not need it exactly
+# Standard deviation over the posterior by which a finer rule may move the log marginal density: in nats, and so by how
+# many standard deviations it may move a mean, at most. The first is aimed at; more than the second is no gold.
+SETTLED, SETTLED_FAIRLY = 0.005, 0.02
+NEWTON = 40  # steps for the mode of a unit, at most
 CELLS = 400_000  # of an array at a time
 DF = 5.0
 LEAST_ROUNDS, ROUNDS, ROUND, HALF, MOST_HALVES = 3, 8, 1024, 2048, 8
 ENOUGH = 2500  # effective draws, for a standard error of a mean of 0.02 standard deviations
-COMPONENTS = 6
+COMPONENTS, ATTEMPTS = 8, 3
+UNITS = 40  # whose moments are kept, at most
 PROBABILITIES = (0.05, 0.5, 0.95)
 AROUND = (0.02, 0.04, 0.02)  # of a probability that a quantile may miss its own by
 
@@ -137,23 +139,31 @@ class Units:
     def _modes(self, y: Array, values: dict[str, Array], eta0: Array, w: Array) -> tuple[Array, Array]:
         """Modes of e ``(G, N, k)``, and square roots of the covariance there ``(G, N, k, k)``: both nearly."""
         e = self.start.at(y, self.k)
-        shift = np.array([-1e-4, 0.0, 1e-4])
         information = np.empty((*e.shape, self.k))
+        active = np.arange(len(e))
         for _ in range(NEWTON):
-            eta = eta0 + np.einsum("gnk,gnk->gn", w, e[:, self.group])
-            low, middle, high = np.moveaxis(self.density.smooth(eta[..., None] + shift, values), -1, 0)
-            slope = np.nan_to_num((high - low) / 2e-4, posinf=1e8, neginf=-1e8)
-            curvature = np.nan_to_num(-(high - 2 * middle + low) / 1e-8, posinf=1e8, neginf=0.0).clip(0.0, 1e8)
-            gradient = np.stack([self._summed(slope * w[..., i]) for i in range(self.k)], axis=-1) - e
-            for i, j in itertools.combinations_with_replacement(range(self.k), 2):
-                information[..., i, j] = self._summed(curvature * w[..., i] * w[..., j]) + (i == j)
-                information[..., j, i] = information[..., i, j]
-            step = np.linalg.solve(information, gradient[..., None])[..., 0]
+            some = {name: value[active] for name, value in values.items()}
+            step, information[active] = self._newton_step(e[active], some, eta0[active], w[active])
             size = np.abs(step).max(-1, keepdims=True)
-            e = np.nan_to_num(e + step * np.minimum(1.0, 2.0 / np.maximum(size, 1e-9)))
-            if (size > 0.02).mean() < 1e-3:
+            e[active] = np.nan_to_num(e[active] + step * np.minimum(1.0, 2.0 / np.maximum(size, 1e-9)))
+            active = active[(size > 0.02).any((1, 2))]
+            if not len(active):
                 break
         return e, np.linalg.inv(np.linalg.cholesky(information)).swapaxes(-1, -2)
+
+    def _newton_step(self, e: Array, values: dict[str, Array], eta0: Array, w: Array) -> tuple[Array, Array]:
+        """The step and the information, by differences of the likelihood of each row."""
+        shift = np.array([-1e-4, 0.0, 1e-4])
+        eta = eta0 + np.einsum("gnk,gnk->gn", w, e[:, self.group])
+        low, middle, high = np.moveaxis(self.density.smooth(eta[..., None] + shift, values), -1, 0)
+        slope = np.nan_to_num((high - low) / 2e-4, posinf=1e8, neginf=-1e8)
+        curvature = np.nan_to_num(-(high - 2 * middle + low) / 1e-8, posinf=1e8, neginf=0.0).clip(0.0, 1e8)
+        gradient = np.stack([self._summed(slope * w[..., i]) for i in range(self.k)], axis=-1) - e
+        information = np.empty((*e.shape, self.k))
+        for i, j in itertools.combinations_with_replacement(range(self.k), 2):
+            information[..., i, j] = self._summed(curvature * w[..., i] * w[..., j]) + (i == j)
+            information[..., j, i] = information[..., i, j]
+        return np.linalg.solve(information, gradient[..., None])[..., 0], information
 
     def _integrals(self, y: Array, values: dict[str, Array], nodes: int, moments: bool) -> Integrals:
         eta0, w = self._predictor(values)
@@ -303,9 +313,9 @@ class Gold:
     :param float error: half the difference of two halves of the draws, of any mean in standard deviations, or of any
         standard deviation as a share: the largest, of some ten numbers each with a standard error of about half of it.
     :param int nodes: of the rule, along each dimension.
-    :param float settled: nats by which a finer rule moves it.
+    :param float settled: standard deviation over the posterior by which a finer rule moves the log density.
     :param float missed: the largest difference of a log integral from draws, in nats beyond four standard errors.
-    :param dict units: mean and standard deviation by site, flat.
+    :param dict units: mean and standard deviation by site, of the first units, flat.
     :param float log_evidence: up to the constants that the density leaves out.
     :param float checksum: sum of the observations, so that other data are noticed.
     :param float seconds: of CPU.
@@ -357,15 +367,18 @@ def gold(seed: int, density: Hierarchy, truth: dict[str, Array]) -> Gold:
 def _fill(found: Gold, density: Hierarchy, truth: dict[str, Array]) -> None:
     units, rng = Units(density), np.random.default_rng(found.seed)
     proposal = _first_proposal(units, density.unconstrain({name: value[0] for name, value in truth.items()}), rng)
-    found.nodes, proposal = _rounds(units, proposal, rng, NODES[units.k][0])
-    halves = [_half(units, proposal, rng, found.nodes) for _ in range(2)]
-    while _effective(np.concatenate([one[1] for one in halves])) < 1.2 * ENOUGH and len(halves) < MOST_HALVES:
-        halves += [_half(units, proposal, rng, found.nodes) for _ in range(2)]
+    for _ in range(ATTEMPTS):
+        found.nodes, proposal = _rounds(units, proposal, rng, found.nodes or NODES[units.k][0])
+        halves = [_half(units, proposal, rng, found.nodes) for _ in range(2)]
+        while _effective(np.concatenate([one[1] for one in halves])) < 1.2 * ENOUGH and len(halves) < MOST_HALVES:
+            halves += [_half(units, proposal, rng, found.nodes) for _ in range(2)]
+        if _k_hat(np.concatenate([one[1] for one in halves])) < 0.45:
+            break
     y, log_weight = (np.concatenate(part) for part in zip(*halves, strict=True))
     found.log_evidence = float(logsumexp(log_weight) - np.log(len(y)))
     weight = np.exp(log_weight - logsumexp(log_weight))
     found.effective, found.k_hat = _effective(log_weight), _k_hat(log_weight)
-    some = y[rng.choice(len(y), size=12, p=weight)]
+    some = y[rng.choice(len(y), size=60 if units.k == 1 else 24, p=weight)]
     finer = [nodes for nodes in NODES[units.k] if nodes > found.nodes]
     found.settled = _change(units, some, found.nodes, finer[0] if finer else found.nodes + 4)
     found.missed = _missed(units, some[:4], found.nodes, rng)
@@ -398,24 +411,19 @@ def _reason(found: Gold) -> str:
 
 
 def _first_proposal(units: Units, truth: Array, rng: np.random.Generator) -> _Mixture:
-    """Around the modes found from the truth, and from two points beside it."""
-    nodes = NODES[units.k][0]
-    starts = [truth, *(truth + rng.normal(size=(2, len(truth))))]
-    modes = []
-    for start in starts:
-        found = _mode(units, start, nodes)
-        if np.isfinite(found[2]) and found[2] > -1e9:
-            modes.append(found)
+    """Around the modes found from the truth, from two points beside it, and from other periods of the intercept."""
+    period = units.density.likelihood.period
+    others = [truth + period * turns * (np.arange(len(truth)) == 0) for turns in (-2, -1, 1, 2) if period]
+    starts = [truth, *(truth + rng.normal(size=(2, len(truth)))), *others]
+    modes = [_mode(units, start, NODES[units.k][0]) for start in starts]
     top = max(level for *_, level in modes)
-    proposal = None
+    proposals: list[_Mixture] = []
     for loc, root, level in sorted(modes, key=lambda one: -one[2]):
-        if level < top - 12 or (proposal is not None and _is_known(loc, proposal)):
-            continue
-        one = _around(loc, root, {1.0: 0.6, 2.0: 0.3, 4.0: 0.1})
-        proposal = one if proposal is None else _together(proposal, one, 0.4)
-    assert proposal is not None
-    units.remember(proposal.loc[:1])
-    return proposal
+        if level > top - 12 and not any(_is_known(loc, one) for one in proposals):
+            proposals.append(_around(loc, root, {1.0: 0.6, 2.0: 0.3, 4.0: 0.1}))
+    units.remember(proposals[0].loc[:1])
+    loc, root = (np.concatenate([getattr(one, name) for one in proposals]) for name in ("loc", "root"))
+    return _Mixture(np.tile(proposals[0].share / len(proposals), len(proposals)), loc, root)
 
 
 def _is_known(loc: Array, proposal: _Mixture) -> bool:
@@ -433,9 +441,9 @@ def _rounds(units: Units, first: _Mixture, rng: np.random.Generator, nodes: int)
         mixed = logsumexp([one[2].log_density(all_y) for one in drawn], axis=0) - np.log(len(drawn))
         log_weight = np.concatenate([one[1] for one in drawn]) - mixed
         loc, root = _fitted(all_y, log_weight)
-        wide = _together(_around(loc, root, {1.0: 0.5, 1.6: 0.3, 3.0: 0.2}), first, 0.2)
+        wide = _together(_around(loc, root, {1.2: 0.4, 2.0: 0.4, 4.0: 0.2}), first, 0.3)
         weight = np.exp(log_weight - logsumexp(log_weight))
-        proposal = _together(_clusters(all_y[rng.choice(len(all_y), size=1500, p=weight)], loc, root, rng), wide, 0.3)
+        proposal = _together(_clusters(all_y[rng.choice(len(all_y), size=1500, p=weight)], loc, root, rng), wide, 0.4)
         if (
             number + 1 >= LEAST_ROUNDS
             and _k_hat(log_weight[-ROUND:]) < 0.4
@@ -444,7 +452,7 @@ def _rounds(units: Units, first: _Mixture, rng: np.random.Generator, nodes: int)
             break
         if number == 0:
             units.remember(all_y[rng.choice(len(all_y), size=100 + 20 * len(loc), p=weight)])
-            nodes = _settling(units, all_y[rng.choice(len(all_y), size=8, p=weight)])
+            nodes = _settling(units, all_y[rng.choice(len(all_y), size=30, p=weight)])
     return nodes, proposal
 
 
@@ -454,14 +462,14 @@ def _settling(units: Units, y: Array) -> int:
     values = units.log_posterior(y, rules[0])
     for coarse, fine in itertools.pairwise(rules):
         finer = units.log_posterior(y, fine)
-        if np.ptp(finer - values) < SETTLED:
+        if np.std(finer - values) < SETTLED:
             return coarse
         values = finer
     return rules[-1]
 
 
 def _change(units: Units, y: Array, coarse: int, fine: int) -> float:
-    return float(np.ptp(units.log_posterior(y, fine) - units.log_posterior(y, coarse)))
+    return float(np.std(units.log_posterior(y, fine) - units.log_posterior(y, coarse)))
 
 
 def _missed(units: Units, y: Array, nodes: int, rng: np.random.Generator) -> float:
@@ -551,5 +559,5 @@ def _unit_moments(density: Hierarchy, units: Units, y: Array, nodes: int) -> dic
         if site.fixed is not None:
             mean = mean + element(values, site.fixed)[:, None, None]
         sd = np.sqrt(variance.mean(0) + mean.var(0))
-        found[name] = [mean.mean(0).ravel().tolist(), sd.ravel().tolist()]
+        found[name] = [part[:UNITS].ravel().tolist() for part in (mean.mean(0), sd)]
     return found

@@ -30,6 +30,7 @@ class Likelihood:
     :param aux: ``(rng, unit, family) -> priors by name``: of a scale, of the family that the model has for scales.
     :param loc: of the predictor, in the data.
     :param bool bounded: whether observations say nothing against scales without end.
+    :param float period: of the predictor: another intercept, so far away, is as likely; 0 for none.
     :param smooth: stands for ``core`` where modes are searched, if that has kinks or is not concave.
     """
 
@@ -40,6 +41,7 @@ class Likelihood:
     aux: Callable[[np.random.Generator, float, str], dict[str, Prior]] = lambda rng, unit, family: {}
     loc: float = 0.0
     bounded: bool = False
+    period: float = 0.0
     smooth: Callable[[Array, Array, Aux], Array] | None = None
 
 
@@ -227,6 +229,7 @@ LIKELIHOODS: dict[str, Likelihood] = {
         lambda eta, aux: dist.VonMises(eta, aux["kappa"]),
         _direction,
         bounded=True,
+        period=2 * np.pi,
     ),
     "Geometric": Likelihood(
         lambda eta, z, aux: -softplus(-eta) - z * softplus(eta),

@@ -2,9 +2,10 @@ r"""Importance sampling of a few variables whose log density is known up to a co
 
 The first proposal is normal around the mode, with draws that have its mean and covariance exactly: where the density is
 near that, a hundred are enough. Where it is not, there follow a Student-t distribution whose two halves along each axis
-have scales of their own, as the density falls off there (Geweke's split t), and others that are fitted to what was
-found; every draw counts with the density of the mixture. Draws are quasi-random, and parts of their sequence, each of
-them a balanced set, tell how large the error is at most.
+have scales of their own, as the density falls off there (Geweke's split t), and mixtures that are fitted to what was
+found; every draw counts with the density of all proposals. Draws are quasi-random, and parts of their sequence, each of
+them a balanced set, tell how large the error is at most. Mass that no draw fell on shows in no weight: before all is
+said to be well, a few draws look further around.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from typing import Any
 import numpy
 import scipy.special
 
-from laplace_amort.posterior.proposals import DF, STRETCH, Normal, SplitT, split_along_axes
+from laplace_amort.posterior.clusters import SeveralT, clustered
+from laplace_amort.posterior.proposals import Normal, SplitT, split_along_axes
 from laplace_amort.posterior.psis import K_GOOD, pareto_smoothed
 from laplace_amort.types import Vector
 from laplace_amort.units import matched_normal
@@ -28,14 +30,19 @@ __all__ = ["ImportanceSample", "ImportanceSampler", "normal_sample"]
 _SETS = 8
 # Share of the draws that their effective number must be, and shape of the tail, for no other proposal to be made.
 _KEPT, _K_KEPT = 0.3, 0.4
+# Shape of the tail to aim at: the weights have a variance.
+_K_AIM = 0.5
 # The share for a normal proposal to do by itself: its tails hide from the error and from k-hat what they leave out.
 _NEAR_NORMAL = 0.95
 # Draws of the first round for each dimension.
 _EACH = 24
 # More draws than the error asks for, as it is not known well.
 _SPARE = 1.25
-# Standard deviations of a proposal: how much wider than what was found it is made.
-_WIDER = 1.1
+# How much wider than what was found a last look around is, and its draws at least.
+_WIDE, _LEAST_WIDE = 2.5, 128
+# The same where all seems normal: how many draws, from a seed of their own; how far above the proposal the density is
+# where that has left something out, as a logarithm; and how much of the mass may be.
+_FEW_WIDE, _OTHER_SEED, _BEYOND, _HIDDEN = 64, 500, 2.5, 0.003
 _SINGULAR = "the draws do not spread in every direction, so proposals kept the scales of the curvature"
 
 
@@ -158,7 +165,7 @@ def normal_sample(loc: Vector, scale_tril: Vector, num_draws: int = 1024, seed: 
 class _Mixture:
     """The proposals so far, with what was found at their draws; one of each for each round."""
 
-    proposals: list[Normal | SplitT] = field(default_factory=list)
+    proposals: list[Normal | SplitT | SeveralT] = field(default_factory=list)
     draws: list[Vector] = field(default_factory=list)
     values: list[Vector] = field(default_factory=list)
 
@@ -168,7 +175,7 @@ class _Mixture:
         return all(isinstance(proposal, Normal) for proposal in self.proposals)
 
     def extended(
-        self, proposal: Normal | SplitT, log_density: Callable[[Vector], Vector], number: int, seed: int
+        self, proposal: Normal | SplitT | SeveralT, log_density: Callable[[Vector], Vector], number: int, seed: int
     ) -> ImportanceSample:
         """Draw from one more proposal, and return all draws, weighed."""
         draws = proposal.draw(number, seed + 1000 * len(self.draws))
@@ -258,23 +265,34 @@ class ImportanceSampler:
         mixture, note = _Mixture(), ""
         number = min(self.max_draws, max(self.num_draws, 2 ** math.ceil(math.log2(_EACH * len(loc)))))
         found = mixture.extended(Normal(loc, scale_tril), log_density, number, self.seed)
-        if (found.effective >= _NEAR_NORMAL * number and self._suffices(found)) or number >= self.max_draws:
+        near_normal = found.effective >= _NEAR_NORMAL * number and self._suffices(found)
+        if number >= self.max_draws or (near_normal and not self._hides(found, mixture, log_density, scale_tril)):
             return found
-        proposal = first = split_along_axes(rough or log_density, loc, scale_tril)
+        first = split_along_axes(rough or log_density, loc, scale_tril)
+        proposal: Normal | SplitT | SeveralT = first
         while True:
             number = min(self._missing(found), self.max_draws - len(found.draws))
             found = mixture.extended(proposal, log_density, number, self.seed)
-            if self._suffices(found) or len(found.draws) >= self.max_draws:
+            hidden = 0.0
+            if self._suffices(found) and len(found.draws) < self.max_draws:  # one more look, further around
+                before, tril = found, _spread(found, scale_tril)[0]
+                number = min(
+                    max(_LEAST_WIDE, 1 << (len(found.draws) // 8).bit_length()), self.max_draws - len(found.draws)
+                )
+                found = mixture.extended(_wide(found.mean(), tril), log_density, number, self.seed)
+                hidden = _moved(before, found)
+                if self._suffices(found) and hidden <= self.accuracy:
+                    return replace(found, note=note)
+            if len(found.draws) >= self.max_draws:
                 return replace(found, note=note)
-            fits = found.effective >= _KEPT * len(found.draws) and found.k_hat <= _K_KEPT
+            fits = found.effective >= _KEPT * len(found.draws) and found.k_hat <= _K_KEPT and hidden <= self.accuracy
             known = found.effective > 2 * len(loc)
-            # By turns, so that what the one leaves out is not lost with it.
-            if fits or not known or proposal is not first:
+            if (fits and proposal is first) or not known:
                 proposal = first
             else:
                 tril, said = _spread(found, scale_tril)
                 note = note or said
-                proposal = _fitted(found, tril)
+                proposal = clustered(found.draws, found.weights, found.mean(), tril)
 
     def for_as_many(self, found: ImportanceSample, effective: float) -> ImportanceSampler:
         """Return the same for about so many effective draws, of a density of which some are at hand.
@@ -288,6 +306,20 @@ class ImportanceSampler:
         first = 1 << ((number + 1) // 2 - 1).bit_length()
         return replace(self, accuracy=0.0, num_draws=first, max_draws=2 * first)
 
+    def _hides(
+        self, found: ImportanceSample, mixture: _Mixture, log_density: Callable[[Vector], Vector], tril: Vector
+    ) -> bool:
+        """Whether there is mass where a normal proposal has none, as far as a few draws from a wide one tell.
+
+        Such draws are no part of the sample, whose own have the very moments of their proposal.
+        """
+        wide = _wide(found.mean(), tril)
+        draws = wide.draw(_FEW_WIDE, self.seed + _OTHER_SEED)
+        values = log_density(draws) - found.log_integral
+        beyond = values > mixture.log_density(draws) + _BEYOND
+        mass = numpy.exp(values[beyond] - wide.log_density(draws[beyond])).sum() / _FEW_WIDE
+        return bool(mass > _HIDDEN)
+
     def _missing(self, found: ImportanceSample) -> int:
         """How many draws more it should take, a power of two, of which parts are balanced sets.
 
@@ -300,7 +332,7 @@ class ImportanceSampler:
         return min(1 << (wanted - 1).bit_length(), 1 << (most.bit_length() - 1))
 
     def _suffices(self, found: ImportanceSample) -> bool:
-        return found.error <= self.accuracy and found.k_hat < K_GOOD
+        return found.error <= self.accuracy and found.k_hat < _K_AIM
 
 
 def _spread(found: ImportanceSample, scale_tril: Vector) -> tuple[Vector, str]:
@@ -313,9 +345,12 @@ def _spread(found: ImportanceSample, scale_tril: Vector) -> tuple[Vector, str]:
         return scale_tril, _SINGULAR
 
 
-def _fitted(found: ImportanceSample, tril: Vector) -> SplitT:
-    """A split t around what was found, with the factor of its covariance and halves that are found as well."""
-    z, weights = numpy.linalg.solve(tril, (found.draws - found.mean()).T).T, found.weights[:, None]
-    sides = numpy.array([(z < 0) * weights, (z >= 0) * weights])
-    stretch = numpy.sqrt((sides * z**2).sum(1) / sides.sum(1).clip(min=numpy.finfo(float).tiny))
-    return SplitT(found.mean(), tril * _WIDER * math.sqrt((DF - 2) / DF), stretch.clip(*STRETCH))
+def _wide(mean: Vector, tril: Vector) -> SplitT:
+    """A proposal wider than all that was found: mass that no draw fell on shows in no weight."""
+    return SplitT(mean, _WIDE * tril, numpy.ones((2, len(mean))))
+
+
+def _moved(before: ImportanceSample, after: ImportanceSample) -> float:
+    """By how much more draws moved a mean, in standard deviations, or a standard deviation, as a share."""
+    was, sd = (numpy.sqrt(numpy.diag(one.covariance())) for one in (before, after))
+    return float(max((numpy.abs(after.mean() - before.mean()) / sd).max(), numpy.abs(was / sd - 1).max()))
