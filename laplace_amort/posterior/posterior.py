@@ -37,8 +37,8 @@ __all__ = ["Posterior"]
 class Posterior(PosteriorDraws):
     r"""Weighted draws of the globals, and for each of them the units.
 
-    What :attr:`~laplace_amort.FitResult.posterior` is. All values are those of the sites in constrained space, in the dtype of the
-    model; they are computed in double precision, in which ``gaussian`` and ``globals_`` are.
+    What :attr:`~laplace_amort.FitResult.posterior` is. All values are those of the sites in constrained space, in the
+    dtype of the model; they are computed in double precision, in which ``gaussian`` and ``globals_`` are.
 
     Do not rely on it where :attr:`k_hat` is above 0.7, or where the verdict of the fit says so.
 
