@@ -6,7 +6,10 @@ longer, and a start that just is a bad one, are what is left.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
+
+import numpy
 
 from laplace_amort.fitting.evaluation import FitStatus, Maximum
 from laplace_amort.fitting.history import History
@@ -18,6 +21,8 @@ __all__ = ["causes"]
 
 # Evaluations at the end of a search, over which it is seen whether it was still getting anywhere.
 _LAST = 10
+# Logarithm of a positive global, up or down, from which on it is no number of anything.
+_FAR = 25.0
 # What needs no cause, or has one among the notes of the search.
 _SAID = FitStatus.CONVERGED, FitStatus.INTERRUPTED, FitStatus.TOO_FEW_DRAWS, FitStatus.COLLAPSED
 
@@ -48,6 +53,24 @@ def _flat_latent(history: History, maximum: Maximum) -> Iterator[str]:
 def _kink(history: History, maximum: Maximum) -> Iterator[str]:
     """A kink of the density."""
     yield from [str(history.problem.kink)] if history.problem.kink else []
+
+
+def _without_end(history: History, maximum: Maximum) -> Iterator[str]:
+    """A positive global that ran to zero, or to where there is no number, the objective rising all the way."""
+    point = maximum.point[: len(history.problem.loc)]
+    logarithms = point * positive(history.problem).numpy()
+    if not len(point) or numpy.abs(logarithms).max() < _FAR:
+        return
+    index = int(numpy.abs(logarithms).argmax())
+    name = history.problem.global_elements()[index]
+    scaled = history.problem.unit_model.density.scaled
+    value, weight = math.exp(min(float(logarithms[index]), 700.0)), ""
+    if scaled:
+        weight = f"Is the weight of '{scaled[0]}' right (poutine.scale)? "
+    yield (
+        f"{name} ran to {value:.0e}, and the objective was rising all the way: it has no maximum. {weight}Give {name} a "
+        f"prior that vanishes at both ends:\n    pyro.sample('{name.split('[')[0]}', dist.LogNormal(0., 1.))"
+    )
 
 
 def _rounding(history: History, maximum: Maximum) -> Iterator[str]:
@@ -95,6 +118,7 @@ def _start(history: History, maximum: Maximum) -> Iterator[str]:
 _CAUSES: list[Callable[[History, Maximum], Iterator[str]]] = [
     _flat_latent,
     _kink,
+    _without_end,
     _rounding,
     _not_identified,
     _few_steps,

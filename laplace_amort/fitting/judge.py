@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy
@@ -81,7 +82,11 @@ def _more_starts(result: Found) -> str:
 
 
 def _repairs(result: Found) -> Iterator[Reason]:
-    for what, report in (("globals", result.head_report), ("units", result.tail_report)):
+    """Tell of repairs that the posterior rests on: draws with weights do not rest on the precision of the globals."""
+    reports = {"units": result.tail_report}
+    if numpy.isnan(result.posterior.log_evidence):
+        reports["globals"] = result.head_report
+    for what, report in reports.items():
         if report is not None and report.num_repaired:
             sentence = f"the precision of the {what} is not that of a maximum: {report}"
             advice = _LONGER if what == "globals" and not isinstance(result.asked, Ladder) else _more_starts(result)
@@ -179,6 +184,15 @@ def _modes_of_units(result: Found, gaussian: LaplaceGaussian) -> Iterator[Reason
 
 
 def _modes_of_globals(result: Found) -> Iterator[Reason]:
+    best, *others = (optimum.objective for optimum in result.optima if optimum.status.ok)
+    share = 1 / (1 + math.exp(min(best - max(others, default=-math.inf), 700.0)))
+    if share > _ELSEWHERE:
+        sentence = (
+            f"{1 + len(others)} optima were found, and the second has about {100 * share:.2g} % of the mass. Are there "
+            "signs or labels that can be exchanged? Write the model so that there is one, or sample it by chains:"
+        )
+        yield Reason(Verdict.SEVERAL_MODES, sentence, _BY_CHAINS)
+        return
     share = other_optimum(result)
     if share > _ELSEWHERE:
         sentence = (

@@ -22,6 +22,7 @@ __all__ = ["LaplaceGaussian", "is_elementwise", "is_exponential", "is_identity",
 
 _SHOWN = 12  # globals in what is printed
 _NODES = 41  # of the Gauss-Hermite rule for means in constrained space
+_LOOPED = 8  # rows that a loop does for
 
 
 @dataclass(frozen=True)
@@ -146,15 +147,34 @@ class LaplaceGaussian:
     def constrained_globals(self, global_: Tensor) -> dict[str, Tensor]:
         """Return constrained values ``(Q, *shape)`` of the global sites, for globals ``(Q, d)``."""
         layout = self.unit_model.layout
-        if any(site.transform is None for site in layout.global_sites.values()):  # one run of the model for each
-            rows = [self.unit_model.constrain_global(row) for row in global_]
-            return {name: torch.stack([row[name] for row in rows]) for name in layout.global_sites}
+        if any(site.transform is None for site in layout.global_sites.values()):  # it takes runs of the model
+            return _row_by_row(self.unit_model.constrain_global, global_)
         return _for_each(layout.global_sites, global_, self.unit_model.constrain_global)
 
     def constrained(self, global_: Tensor, local: Tensor) -> dict[str, Tensor]:
         """Return constrained values ``(Q, *shape)`` by site, for globals ``(Q, d)`` and units ``(Q, N, k)``."""
         density, to_sites = self.unit_model.density, self.unit_model.layout.to_sites
         return _for_each(density.sites, global_, lambda rows: density.to_constrained(to_sites(rows, local)))
+
+
+def _row_by_row(function: Callable[[Tensor], dict[str, Tensor]], rows: Tensor) -> dict[str, Tensor]:
+    """Values by site of a function of one row, for all rows: by one run that is mapped over them, if it can be."""
+
+    def looped(some: Tensor) -> dict[str, Tensor]:
+        found = [function(row) for row in some]
+        return {name: torch.stack([one[name] for one in found]) for name in found[0]}
+
+    if len(rows) <= _LOOPED:
+        return looped(rows)
+    try:
+        with pyro.validation_enabled(False):
+            mapped: dict[str, Tensor] = torch.func.vmap(function)(rows)
+    except Exception:  # whatever a model of the user's does that cannot be mapped
+        return looped(rows)
+    some = torch.tensor([0, len(rows) // 2, len(rows) - 1])
+    seen = looped(rows[some])
+    same = all(torch.allclose(mapped[name][some], value, equal_nan=True) for name, value in seen.items())
+    return mapped if same else looped(rows)
 
 
 def _for_each(

@@ -189,6 +189,28 @@ def test_a_covariate_that_is_not_missing_is_taken():
     assert fitted(covariate, COVARIATE, MASKED).status.ok
 
 
+def weighted_hierarchy(z, prior):
+    with pyro.poutine.scale(scale=5.0):
+        mu, tau = pyro.sample("mu", dist.Normal(0.0, 3.0)), pyro.sample("tau", prior)
+        with pyro.plate("units", len(z)):
+            y = pyro.sample("y", dist.Normal(mu, tau))
+            pyro.sample("z", dist.Normal(y, 1.0), obs=z)
+
+
+def test_a_scale_without_end():
+    """With a weight of 5 the density of tau given the data rises as tau to the power of minus 4 per unit."""
+    z = torch.tensor([1.0, 3.0, -0.5, 2.0, 0.3, 1.1], dtype=torch.float64)
+    result = fitted(weighted_hierarchy, z, dist.HalfNormal(1.0))
+    assert not result.status.ok
+    (cause,) = [note for note in result.notes if "no maximum" in note]
+    assert cause.startswith("tau ran to ")
+    assert "poutine.scale" in cause
+    (line,) = lines_of(cause)
+    prior = eval(line.removeprefix("pyro.sample('tau', ").removesuffix(")"), NAMES)
+    again = fitted(weighted_hierarchy, z, prior)
+    assert again.status.ok
+
+
 def test_a_model_that_computes_in_fewer_digits():
     result = fitted(in_single, HEIGHT, YEAR)
     assert not result.status.ok

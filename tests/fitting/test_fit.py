@@ -31,6 +31,7 @@ from laplace_amort import (
     FitStatus,
     FixedDrawELBO,
     FreeMode,
+    Ladder,
     MarginalCurvature,
     MarginalLaplace,
     ModelError,
@@ -116,7 +117,7 @@ def test_gradient_of_the_guides_own_elbo_is_zero_there():
 def test_epil_reaches_the_elbo_of_its_family():
     """The evidence is -689.68, and long runs of SVI end at -690.2 to -690.3 (``laplace-amort demo epil``)."""
     args = epil.data()
-    result = fit(epil.model, guide_for(epil.model), *args)
+    result = fit(epil.model, guide_for(epil.model), *args, objective=FixedDrawELBO())
     assert result.status.ok
     assert -690.5 < result.objective < -689.9
     assert len(result.history) < 40
@@ -146,9 +147,10 @@ def test_draws_that_can_never_be_enough_are_told():
 
     z = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
     errors = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
-    result = fit(funnel, guide_for(funnel), z, errors)
+    result = fit(funnel, guide_for(funnel), z, errors, objective=FixedDrawELBO())
     assert result.status is FitStatus.TOO_FEW_DRAWS
-    assert "fit(model, guide, *args, objective=Ladder())" in str(result)
+    assert "fit(model, *args, objective=Ladder())" in str(result)
+    assert fit(funnel, z, errors, objective=Ladder()).verdict.ok  # the line, typed
 
 
 # --------------------------------------------------------------------------------------------------- other strategies
@@ -260,9 +262,9 @@ def test_several_starts_report_the_optima(objective):
 
 
 def test_a_model_that_cannot_be_recorded_is_run():
-    result = fit(branching, guide_for(branching), COUNTS)
+    result = fit(branching, COUNTS)
     assert result.status.ok
-    assert "every evaluation ran the model in Python" in result.notes[0]
+    assert any("every evaluation ran the model in Python" in note for note in result.notes)
 
 
 def test_a_recording_that_fails_at_the_optimum_is_given_up(monkeypatch):
@@ -291,7 +293,7 @@ def test_a_recording_that_fails_at_the_optimum_is_given_up(monkeypatch):
 def test_seeds():
     z = poisson_counts()
     state = torch.get_rng_state()
-    one, same, other = (fit(poisson, guide_for(poisson), z, seed=seed) for seed in (3, 3, 4))
+    one, same, other = (fit(poisson, z, seed=seed, objective=FixedDrawELBO()) for seed in (3, 3, 4))
     assert torch.equal(torch.get_rng_state(), state)
     assert trajectory(one) == trajectory(same)
     assert trajectory(one) != trajectory(other)
@@ -315,7 +317,7 @@ def test_progress_is_shown_on_a_terminal_only(monkeypatch, capsys):
 
 
 def test_timings_and_history():
-    result = fit(poisson, guide_for(poisson), poisson_counts())
+    result = fit(poisson, poisson_counts(), objective=FixedDrawELBO())
     assert {"set-up", "marginal Laplace", "ELBO", "fresh draws", "value"} <= set(result.timings)
     assert all(seconds >= 0 for seconds in result.timings.values())
     assert result.seconds == pytest.approx(sum(result.timings.values()))
@@ -338,7 +340,7 @@ def assert_same_fit(actual, expected):
 def test_a_stochastic_optimizer_is_an_objective_now():
     """The form of before does the same, and says what to write."""
     few, z = Stochastic(window=20, max_steps=40), poisson_counts(6)
-    with pytest.warns(DeprecationWarning, match=r"\n    fit\(model, guide, \*args, objective=Stochastic\(\)\)") as told:
+    with pytest.warns(DeprecationWarning, match=r"\n    fit\(model, \*args, objective=Stochastic\(\)\)") as told:
         once = fit(poisson, guide_for(poisson), z, optimizer=few)
     assert told[0].filename == __file__  # where the call is
     assert_same_fit(once, fit(poisson, guide_for(poisson), z, objective=few))
@@ -356,7 +358,11 @@ def test_a_number_of_draws_is_a_setting_of_the_objective_now(num_draws):
 
 
 REFUSALS = {
-    "another guide": (lambda: (poisson, pyro.infer.autoguide.AutoNormal(poisson), {}), TypeError, "AutoLaplaceFamily"),
+    "another guide": (
+        lambda: (poisson, pyro.infer.autoguide.AutoNormal(poisson), {}),
+        TypeError,
+        r"fit\(model, \*args\)",
+    ),
     "another model": (lambda: (poisson, guide_for(gaussian), {}), ModelError, "another model"),
     "objective as a class": (
         lambda: (poisson, guide_for(poisson), {"objective": MarginalLaplace}),
@@ -375,7 +381,7 @@ REFUSALS = {
         "MarginalLaplace",
     ),
     "no second derivative": (
-        lambda: (poisson, guide_for(poisson), {"optimizer": TrustRegion()}),
+        lambda: (poisson, guide_for(poisson), {"optimizer": TrustRegion(), "objective": FixedDrawELBO()}),
         TypeError,
         "second derivatives",
     ),

@@ -186,6 +186,16 @@ def test_a_fit_of_minibatches_is_not_compared():
     assert not result.verdict.ok
 
 
+def test_modes_that_starts_found_are_told_with_the_line_for_chains():
+    result = quiet(with_a_sign_to_choose, Z + 3)
+    assert result.judgement.advice == "fit(model, *args, starts=20)"
+    again = eval(result.judgement.advice, {"fit": quiet, "model": with_a_sign_to_choose, "args": (Z + 3,)})
+    assert len(again.optima) == 2
+    assert again.verdict is Verdict.SEVERAL_MODES
+    assert again.judgement.advice.startswith("MCMC(NUTS(model")
+    assert "2 optima were found" in str(again.judgement)
+
+
 def test_chains_can_be_started_by_the_line_that_is_given():
     result = quiet(with_two_modes_in_a_unit, Z.abs())
     line = result.judgement.advice
