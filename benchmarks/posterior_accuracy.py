@@ -10,7 +10,8 @@ elements of the units: of a mean, its absolute error in standard deviations of t
 by how much it is too large, or with a minus too small, in per cent of that of the reference. Below the table is how
 well each reference knows its own means and standard deviations. The seconds are of the fit, and of making the posterior
 and its moments; k-hat is that of the weights of the globals, and empty where they have none: an ELBO's posterior is the
-guide as it is. A fit that raises makes a row with the name of the error.
+guide as it is. Then what the verdict says, with the errors of the globals that it estimates, and its seconds. A fit
+that raises makes a row with the name of the error.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ from laplace_amort.fitting.objectives.base import Objective
 from laplace_amort.guide.heads import Head
 
 # Objective and head of the guide, by label.
-RUNGS: dict[str, tuple[Objective, Head]] = {
+RUNGS: dict[str, tuple[Objective | None, Head]] = {
+    "by default": (None, JointCurvature()),
     "joint Gaussian": (FixedDrawELBO(), JointCurvature()),
     "marginal head": (FixedDrawELBO(), MarginalCurvature()),
     "nested": (NestedELBO(), MarginalCurvature()),
@@ -113,6 +115,10 @@ class Row(NamedTuple):
     k_hat: float | None = None
     fit_seconds: float | None = None
     moments_seconds: float | None = None
+    verdict: str = ""
+    estimated_mean_error: float | None = None
+    estimated_sd_error: float | None = None
+    verdict_seconds: float | None = None
     remark: str = ""
 
 
@@ -128,6 +134,10 @@ COLUMNS = {
     "k-hat": ".2f",
     "fit, s": ".2f",
     "moments, s": ".2f",
+    "verdict": "",
+    "estimated: mean": ".3f",
+    "estimated: sd, %": ".1f",
+    "verdict, s": ".2f",
 }
 
 
@@ -225,6 +235,8 @@ def _row(problem: Problem, truth: Truth, label: str) -> Row:
         posterior = result.posterior
         mean, sd = posterior.mean(), posterior.std()
         done = time.perf_counter()
+        verdict, errors = result.verdict.name, result.errors
+        judged = time.perf_counter()
     except Exception as error:  # whatever it is, it is a result
         seconds = time.perf_counter() - begun
         message = " ".join(str(error).split())
@@ -239,6 +251,10 @@ def _row(problem: Problem, truth: Truth, label: str) -> Row:
         posterior.k_hat if math.isfinite(posterior.k_hat) else None,
         fitted - begun,
         done - fitted,
+        verdict,
+        errors.mean if errors else None,
+        errors.sd if errors else None,
+        judged - done,
         f"{globals_.where}; {locals_.where}",
     )
 

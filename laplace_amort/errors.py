@@ -11,7 +11,6 @@ __all__ = [
     "NUMERICAL_ERRORS",
     "GuideCheckError",
     "InformationError",
-    "KinkError",
     "LaplaceAmortError",
     "ModeNotFoundError",
     "ModeWarning",
@@ -88,10 +87,6 @@ class ModeNotFoundError(LaplaceAmortError, ArithmeticError):
         super().__init__(message)
         self.units = list(units)
         self.status = list(status)
-
-
-class KinkError(ModelError):
-    """A density has a kink, where second derivatives say nothing; the message names the unit or the global."""
 
 
 class ModeWarning(UserWarning):

@@ -145,7 +145,7 @@ def as_options(advice: str) -> str:
 
     Example::
 
-        >>> as_options("fit(model, guide, *args, objective=MarginalQuadrature(GaussHermite(num_points=9)), starts=20)")
+        >>> as_options("fit(model, *args, objective=MarginalQuadrature(GaussHermite(num_points=9)), starts=20)")
         "--objective 'MarginalQuadrature(GaussHermite(num_points=9))' --starts 20"
     """
     try:

@@ -37,20 +37,18 @@ def diagnose(result: FitResult, *, simulations: int = 100, seed: int = 0, progre
     Example: a Gaussian model, which every rung fits::
 
         >>> import pyro, torch, pyro.distributions as dist
-        >>> from laplace_amort import AutoLaplaceFamily, MarginalLaplace, fit
+        >>> from laplace_amort import fit
         >>> def model(z):
         ...     mu = pyro.sample("mu", dist.Normal(0., 1.))
         ...     with pyro.plate("units", len(z)):
         ...         y = pyro.sample("y", dist.Normal(mu, 1.))
         ...         pyro.sample("z", dist.Normal(y, 1.), obs=z)
-        >>> pyro.clear_param_store()
-        >>> result = fit(model, AutoLaplaceFamily(model), torch.tensor([1., 3.]), objective=MarginalLaplace())
-        >>> diagnose(result).verdict
+        >>> diagnose(fit(model, torch.tensor([1., 3.]))).verdict
         'It fits: nothing that was looked at speaks against this posterior.'
     """
     findings = [checks.convergence(result), *checks.repairs(result)]
     if result.gaussian is None:
-        return Diagnosis(tuple(findings), "fit(model, guide, *args, starts=20)")
+        return Diagnosis(tuple(findings), "fit(model, *args, starts=20)")
     tails = None
     try:
         result.problem.refuse_minibatch(f"{_OF_MINIBATCHES}, and everything else needs all units at once")
@@ -86,10 +84,10 @@ def _advice(result: FitResult, findings: list[Finding]) -> str:
     if "convergence" in poor and not isinstance(result.maximized, FixedDrawELBO):
         is_one_point = isinstance(result.maximized, MarginalLaplace)
         same = "MarginalLaplace()" if is_one_point else f"MarginalQuadrature({result.rule!r})"
-        return f"fit(model, guide, *args, objective={same}, starts=20)"
+        return f"fit(model, *args, objective={same}, starts=20)"
     if "second start" in poor or not poor & _CURED_BY_POINTS:
         return ""
     rule = next_rule(result.rule, result.problem.start.shape[1])
     if "k-hat, units" in poor and isinstance(rule, GaussHermite):
         rule = StudentPoints(256)  # tails that a normal has not
-    return f"fit(model, guide, *args, objective=MarginalQuadrature({rule!r}))"
+    return f"fit(model, *args, objective=MarginalQuadrature({rule!r}))"

@@ -1,12 +1,13 @@
 """What speaks for a posterior or against it: comparisons with a better one, tails, other modes."""
 
 from laplace_amort.evidence.comparison import Comparison, compare
-from laplace_amort.evidence.moments import heavy_tails
+from laplace_amort.evidence.moments import HeavyTail, heavy_tails
 from laplace_amort.evidence.next_rung import against_next, next_rule
 from laplace_amort.evidence.unit_checks import other_modes, unit_k_hat
 
 __all__ = [
     "Comparison",
+    "HeavyTail",
     "against_next",
     "compare",
     "heavy_tails",

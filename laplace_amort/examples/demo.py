@@ -93,7 +93,7 @@ def run(name: str = "multisite", *, seed: int = 0, progress: bool = True) -> Dem
             for label, objective in OBJECTIVES.items():
                 with pyro.get_param_store().scope():
                     guide = AutoLaplaceFamily(model, yardstick.example.mode)
-                    result = fit(model, guide, *args, objective=objective, seed=seed, progress=progress)
+                    result = fit(model, *args, guide=guide, objective=objective, seed=seed, progress=progress)
                 if result.status is FitStatus.INTERRUPTED:
                     raise KeyboardInterrupt
                 mean, std = result.posterior.mean(), result.posterior.std()

@@ -24,7 +24,7 @@ To fit it::
 
     voters, votes = data()
     guide = AutoLaplaceFamily(contextual_model, head=MarginalCurvature())
-    result = fit(contextual_model, guide, voters, votes, objective=MarginalLaplace())
+    result = fit(contextual_model, voters, votes, guide=guide, objective=MarginalLaplace())
     rates = choice_rates(result.gaussian.sample(1000)["eta"])
     print(overall_rates(rates, voters).mean(0))
 

@@ -132,7 +132,8 @@ def fit_tables(
     start = time.perf_counter()
     with pyro.get_param_store().scope():
         family = AutoLaplaceFamily(model, head=MarginalCurvature())
-        result = fit(model, family, voters, votes, objective=MarginalLaplace(), seed=seed, progress=progress)
+        options: Any = {"seed": seed, "progress": progress}
+        result = fit(model, voters, votes, guide=family, objective=MarginalLaplace(), **options)
         if result.gaussian is None:
             raise ValueError(f"{label}: there is no posterior: {result.status}")
         pyro.set_rng_seed(seed)

@@ -11,12 +11,12 @@ conditional mode of :math:`u_i` has no closed form; the guide finds it for all p
 To fit it::
 
     x, y = data()
-    guide = AutoLaplaceFamily(model, head=MarginalCurvature())
-    print(fit(model, guide, x, y))
-    posterior = guide.sample_posterior(1000, x, y)
+    result = fit(model, x, y)
+    print(result)
+    draws = result.posterior.sample(1000)
 
-The scale of a hierarchy is what the joint curvature gets least right: compare the posteriors of ``sigma`` that
-``laplace-amort demo epil`` prints.
+The scale of a hierarchy is what a Gaussian gets least right: compare the posteriors of ``sigma`` that ``laplace-amort
+demo epil`` prints.
 """
 
 from __future__ import annotations

@@ -11,9 +11,13 @@ where the scale :math:`s = 1.9 \max_j \text{se}_j + e^{\text{log\_raw\_scale}}` 
 To fit it::
 
     effect, se = data()
-    guide = AutoLaplaceFamily(model, ClosedFormMode(closed_form_mode))
-    print(fit(model, guide, effect, se))
-    posterior = guide.sample_posterior(1000, effect, se)
+    result = fit(model, effect, se)
+    print(result)
+    draws = result.posterior.sample(1000)
+
+The closed form saves the search for the modes, and changes nothing else::
+
+    fit(model, effect, se, guide=AutoLaplaceFamily(model, ClosedFormMode(closed_form_mode)))
 
 :class:`AmortizedGuide` is the same family written out: a pattern for guides that no automatic one covers.
 """

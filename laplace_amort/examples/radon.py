@@ -6,17 +6,16 @@ Home ``n`` lies in county :math:`c(n)` and was measured in the basement (``floor
           \alpha_c \sim N(\mu_\alpha, \sigma_\alpha), \qquad \beta_c \sim N(\mu_\beta, \sigma_\beta),
 
 both means :math:`N(0, 10)`, the three scales :math:`\text{HalfNormal}(1)`. Counties hold from 1 to 116 homes, so the
-homes are in a plate of their own and point to their county: the guide needs to know nothing of that.
+homes are in a plate of their own and point to their county: a fit needs to know nothing of that.
 
 To fit it::
 
-    county, floor, log_radon = data()
-    guide = AutoLaplaceFamily(model, head=MarginalCurvature())
-    print(fit(model, guide, county, floor, log_radon))
-    print(guide.median(county, floor, log_radon)["sigma_alpha"])
+    result = fit(model, *data())
+    print(result)
+    print(result.posterior.quantiles([0.05, 0.5, 0.95])["sigma_alpha"])
 
 25 counties have no home that was measured on the ground floor, and 25 have one: the data say little of
-:math:`\sigma_\beta`. Compare what the two heads make of it, and what its posterior is: ``laplace-amort demo radon``.
+:math:`\sigma_\beta`. Compare what the family makes of it, and what its posterior is: ``laplace-amort demo radon``.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import numpy
 import torch
 
 from laplace_amort.errors import NUMERICAL_ERRORS, ModelError, StructureError
-from laplace_amort.evidence import against_next, compare, heavy_tails, next_rule, other_modes
+from laplace_amort.evidence import HeavyTail, against_next, compare, heavy_tails, next_rule, other_modes
 from laplace_amort.fitting.evaluation import FitStatus
 from laplace_amort.fitting.found import Found
 from laplace_amort.fitting.objectives.ladder import Ladder
@@ -59,10 +59,11 @@ def _evidence(result: Found) -> tuple[Errors | None, list[Reason]]:
     if not result.check:
         return None, [*reasons, Reason(Verdict.NOT_COMPARED, "check=False left the comparison out", _LONGER)]
     own, reference = against_next(result.posterior, result.rule, result.seed + _OTHER_SEED)
-    errors = _errors(own, reference, result.posterior)
+    tails = heavy_tails(result.posterior)
+    errors = _errors(own, reference, result.posterior, {tail.name for tail in tails})
     reasons += _weights(result.posterior if own is not result.posterior else reference)
     reasons += _inexact(result, errors)
-    reasons += _moments(result.posterior)
+    reasons += map(_without_moments, tails)
     reasons += _modes_of_units(result, gaussian)
     reasons += _modes_of_globals(result)
     return errors, reasons
@@ -102,11 +103,11 @@ def _scales(result: Found) -> Iterator[Reason]:
         yield Reason(Verdict.WEIGHTED, sentence, "pyro.plate('units', N, subsample_size=B)")
 
 
-def _errors(own: Posterior, reference: Posterior, whole: Posterior) -> Errors:
-    """Estimate how far off moments are: by the next rung, and by sampling."""
+def _errors(own: Posterior, reference: Posterior, whole: Posterior, without: set[str]) -> Errors:
+    """Estimate how far off moments are: by the next rung, and by sampling; of all globals but some."""
     found = compare(own, reference)
     sampled = whole if own is not whole else reference
-    mean, sd, where = _sampling_errors(sampled)
+    mean, sd, where = _sampling_errors(sampled, without)
     is_rung = found.globals_.mean + found.globals_.sd >= mean + sd
     return Errors(
         mean=found.globals_.mean + mean,
@@ -118,7 +119,7 @@ def _errors(own: Posterior, reference: Posterior, whole: Posterior) -> Errors:
     )
 
 
-def _sampling_errors(posterior: Posterior) -> tuple[float, float, str]:
+def _sampling_errors(posterior: Posterior, without: set[str]) -> tuple[float, float, str]:
     """Return the largest errors by sampling of constrained means and standard deviations, and of which global."""
     globals_, _ = posterior.weighted_globals()
     values = posterior.gaussian.constrained_globals(globals_)
@@ -127,7 +128,8 @@ def _sampling_errors(posterior: Posterior) -> tuple[float, float, str]:
         return 0.0, 0.0, ""
     flat = to_numpy(torch.cat([value.reshape(len(value), -1) for value in values.values()], 1))
     moving = numpy.ptp(flat, axis=0) > 1e-9 * (1 + numpy.abs(flat).max(0))  # not those of a matrix that are constant
-    mean, sd = (numpy.where(moving, part, 0.0) for part in posterior.globals_.errors_of(flat))
+    counts = moving & ~numpy.isin(names, sorted(without))
+    mean, sd = (numpy.where(counts, part, 0.0) for part in posterior.globals_.errors_of(flat))
     return float(mean.max()), float(sd.max()), names[int((mean + sd).argmax())]
 
 
@@ -152,14 +154,13 @@ def _inexact(result: Found, errors: Errors) -> Iterator[Reason]:
         yield Reason(Verdict.INEXACT, f"better integrals over the units ({finer}) give another posterior:", advice)
 
 
-def _moments(posterior: Posterior) -> Iterator[Reason]:
-    for tail in heavy_tails(posterior):
-        what = "standard deviation" if tail.has_mean else "mean"
-        sentence = (
-            f"{tail.name} has no {what}: its density falls as {tail.name} to the power of -{tail.power:.2g}. Report "
-            "quantiles, or give it a prior that falls faster:"
-        )
-        yield Reason(Verdict.NO_MOMENTS, sentence, "result.posterior.quantiles([0.05, 0.5, 0.95])")
+def _without_moments(tail: HeavyTail) -> Reason:
+    what = "standard deviation" if tail.has_mean else "mean"
+    sentence = (
+        f"{tail.name} has no {what}: its density falls as {tail.name} to the power of -{tail.power:.2g}. Report "
+        "quantiles, or give it a prior that falls faster:"
+    )
+    return Reason(Verdict.NO_MOMENTS, sentence, "result.posterior.quantiles([0.05, 0.5, 0.95])")
 
 
 def _modes_of_units(result: Found, gaussian: LaplaceGaussian) -> Iterator[Reason]:

@@ -10,10 +10,9 @@ import torch
 from pyro.infer.autoguide.initialization import init_to_uniform
 from torch import Tensor
 
-from laplace_amort.errors import KinkError
 from laplace_amort.fitting.evaluation import Evaluation, FitStatus, Maximum
 from laplace_amort.fitting.history import History
-from laplace_amort.fitting.objectives.base import Objective
+from laplace_amort.fitting.objectives.base import KinkFound, Objective
 from laplace_amort.fitting.objectives.draws import mean_of_pairs
 from laplace_amort.fitting.objectives.elbo import FixedDrawELBO
 from laplace_amort.fitting.objectives.laplace import MarginalLaplace
@@ -107,7 +106,7 @@ def _climbed(history: History, objective: Objective, optimizer: Optimizer) -> Ma
     """Maximize from where the guide stands; the status says so where there is a kink, or where a scale collapsed."""
     try:
         maximum = objective.climb(history, optimizer)
-    except KinkError as error:
+    except KinkFound as error:
         point = to_vector([history.problem.loc])
         nothing = Evaluation(-math.inf, numpy.full_like(point, numpy.nan), failure=str(error))
         return Maximum(point, nothing, FitStatus.KINKED, math.inf)

@@ -133,7 +133,7 @@ def _parts(precision: Any) -> tuple[Arrowhead, list[str], dict[str, RepairReport
     if not isinstance(gaussian, LaplaceGaussian):
         raise TypeError(
             f"this figure is one of a fit, its gaussian or an Arrowhead, and got {type(precision).__name__}:\n"
-            "    arrowhead_figure(fit(model, guide, *args))"
+            "    arrowhead_figure(fit(model, *args))"
         )
     names = []
     for name, site in gaussian.unit_model.layout.global_sites.items():

@@ -67,14 +67,13 @@ def marginals_figure(result: Any, reference: Any = None, names: Sequence[str] | 
     Example::
 
         >>> import pyro, torch, pyro.distributions as dist
-        >>> from laplace_amort import AutoLaplaceFamily, fit
+        >>> from laplace_amort import fit
         >>> def model(z):
         ...     mu = pyro.sample("mu", dist.Normal(0., 1.))
         ...     with pyro.plate("units", len(z)):
         ...         y = pyro.sample("y", dist.Normal(mu, 1.))
         ...         pyro.sample("z", dist.Normal(y, 1.), obs=z)
-        >>> pyro.clear_param_store()
-        >>> result = fit(model, AutoLaplaceFamily(model), torch.tensor([1., 3.]))
+        >>> result = fit(model, torch.tensor([1., 3.]))
         >>> figure = marginals_figure(result, reference={"mu": torch.randn(500) / 2 ** 0.5 + 1})
         >>> [axes.get_title() for axes in figure.axes]
         ['mu']

@@ -60,7 +60,7 @@ def require_fit(result: Any) -> FitResult:
     if not isinstance(result, FitResult):
         raise TypeError(
             f"this figure is one of a fit, and got {type(result).__name__}. Give it what fit returned:\n"
-            "    result = fit(model, guide, *args)"
+            "    result = fit(model, *args)"
         )
     return result
 

@@ -54,15 +54,13 @@ class Posterior(PosteriorDraws):
     Example::
 
         >>> import pyro, torch, pyro.distributions as dist
-        >>> from laplace_amort import AutoLaplaceFamily, MarginalQuadrature, fit
+        >>> from laplace_amort import fit
         >>> def model(z):
         ...     mu = pyro.sample("mu", dist.Normal(0., 1.))
         ...     with pyro.plate("units", len(z)):
         ...         y = pyro.sample("y", dist.Normal(mu, 1.))
         ...         pyro.sample("z", dist.Normal(y, 1.), obs=z)
-        >>> pyro.clear_param_store()
-        >>> z = torch.tensor([1., 3.])
-        >>> result = fit(model, AutoLaplaceFamily(model), z, objective=MarginalQuadrature())
+        >>> result = fit(model, torch.tensor([1., 3.]))
         >>> {name: value.round(decimals=1) for name, value in result.posterior.mean().items()}
         {'mu': tensor(1.), 'y': tensor([1., 2.])}
         >>> result.posterior.sample(5)["y"].shape
@@ -187,15 +185,13 @@ class Posterior(PosteriorDraws):
         Example::
 
             >>> import pyro, torch, pyro.distributions as dist
-            >>> from laplace_amort import AutoLaplaceFamily, MarginalLaplace, NewUnits, fit
+            >>> from laplace_amort import NewUnits, fit
             >>> def model(z, size):
             ...     mu = pyro.sample("mu", dist.Normal(0., 1.))
             ...     with pyro.plate("units", size):
             ...         y = pyro.sample("y", dist.Normal(mu, 1.))
             ...         pyro.sample("z", dist.Normal(y, 1.), obs=z)
-            >>> pyro.clear_param_store()
-            >>> result = fit(model, AutoLaplaceFamily(model), torch.tensor([1., 3.]), 2, objective=MarginalLaplace())
-            >>> posterior = result.posterior
+            >>> posterior = fit(model, torch.tensor([1., 3.]), 2).posterior
             >>> posterior.predictive()()["z"].shape
             torch.Size([1000, 2])
             >>> posterior.predictive(NewUnits())(None, 5)["z"].shape

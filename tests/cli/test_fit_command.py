@@ -339,7 +339,7 @@ def test_moments_that_do_not_exist_are_empty_cells(capsys):
 
 
 def test_advice_as_options():
-    assert as_options("fit(model, guide, *args, objective=MarginalLaplace(), starts=20)") == (
+    assert as_options("fit(model, *args, objective=MarginalLaplace(), starts=20)") == (
         "--objective 'MarginalLaplace()' --starts 20"
     )
     assert as_options("") == as_options("see there") == ""

@@ -131,7 +131,7 @@ def test_fit_without_a_posterior():
     found = diagnose(result)
     assert [one.name for one in found.findings] == ["convergence"]
     assert not found.ok
-    assert found.advice == "fit(model, guide, *args, starts=20)"
+    assert found.advice == "fit(model, *args, starts=20)"
 
 
 # --------------------------------------------------------------------------------------------------------- what is good

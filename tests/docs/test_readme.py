@@ -24,7 +24,9 @@ def test_the_guide_for_an_existing_model_runs_as_shown(dtype, capsys):
     low, median, high = map(float, re.search(r"tensor\(\[(.*)\]", printed)[1].split(","))
     assert abs(median - 0.7) < 0.1  # of the start, exp(0.5), it is 0.9 away
     assert 0.02 < high - low < 0.15
-    assert pyro.param("AutoLaplaceFamily.loc").shape == (2,)
+    assert printed.startswith("RIGHT: ")
+    assert scope["result"].guide.loc.shape == (2,)
+    assert "AutoLaplaceFamily.loc" not in pyro.get_param_store()
 
 
 @pytest.mark.parametrize("dtype", ["torch.float64", "torch.float32"])

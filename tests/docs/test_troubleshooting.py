@@ -14,7 +14,7 @@ from laplace_amort.units.newton import ModeStatus
 TEXT = documents.read(documents.ROOT / "docs" / "troubleshooting.rst")
 PROVOKERS = MODEL_MESSAGES | FIT_MESSAGES
 # Of a fit they are caught and become a note.
-IN_NOTES = {"RecordingError", "PrecisionError"}
+IN_NOTES = {"RecordingError", "PrecisionError", "KinkError"}
 
 
 def quoted(text):

@@ -126,6 +126,12 @@ def looked_up(group, size=6):
         pyro.sample("z", dist.Bernoulli(logits=y[group]), obs=ANSWERS)
 
 
+def more_data_than_units(z):
+    with pyro.plate("units", 3):
+        y = pyro.sample("y", dist.Normal(0.0, 1.0))
+        pyro.sample("z", dist.Normal(y, 1.0), obs=z)
+
+
 def loop(z=Z, size=None):
     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
     for i in pyro.plate("units", len(z), subsample_size=size):
@@ -358,6 +364,9 @@ MODEL_MESSAGES = {
     "ModelError: an index after site '...' is no integer": lambda: run(looked_up, GROUP.double()),
     "ModelError: site '...' has ... elements, and lies in plate '...' of size ... Data and covariates must have": (
         lambda: run(looked_up, GROUP, 5)
+    ),
+    "RuntimeError: The size of tensor a (...) must match the size of tensor b": lambda: run(
+        more_data_than_units, Z[[0, 1, 2, 0]]
     ),
     "ModelError: the model puts tensors of different dtypes together": lambda: run(
         answers_of_groups, ANSWERS, torch.nn.functional.one_hot(GROUP).float()

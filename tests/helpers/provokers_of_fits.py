@@ -4,6 +4,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 
+from helpers import causes
 from helpers.fit_models import (
     ANSWERS,
     SCHOOLS,
@@ -102,17 +103,38 @@ def heavy_units(z):
         pyro.sample("z", dist.Normal(y, 30.0), obs=z)
 
 
+def heavy_scale(z):
+    """One unit says nothing against a scale without end."""
+    tau = pyro.sample("tau", dist.HalfCauchy(1.0))
+    with pyro.plate("units", len(z)):
+        y = pyro.sample("y", dist.Normal(0.0, tau))
+        pyro.sample("z", dist.Normal(y, 1.0), obs=z)
+
+
 def fitted(model, *args, **options):
     """What a fit says: how it ended, and its notes."""
-    result = fit(model, guide_for(model), *args, progress=False, **options)
+    result = fit(model, *args, progress=False, **options)
     return [f"{result.status.name}: {result.status}", *(f"note: {note}" for note in result.notes)]
 
 
 def diagnosed(model, *args, simulations=0, **options):
     """What a diagnosis says of what is not good."""
-    result = fit(model, guide_for(model), *args, progress=False, **options)
+    result = fit(model, *args, progress=False, **options)
     found = diagnose(result, simulations=simulations, progress=False)
     return [f"{f.name}: {f.sentence}" for f in found.findings if f.level > 0]
+
+
+def judged(model, *args, **options):
+    """What a verdict rests on."""
+    result = fit(model, *args, progress=False, **options)
+    return [f"{reason.verdict.name}: {reason.sentence}" for reason in result.judgement.reasons]
+
+
+def either_sign_of_all(z):
+    mu = pyro.sample("mu", dist.Normal(0.0, 3.0))
+    with pyro.plate("units", len(z)):
+        y = pyro.sample("y", dist.Normal(mu**2, 0.5))
+        pyro.sample("z", dist.Normal(y, 0.5), obs=z)
 
 
 def interrupted():
@@ -228,7 +250,7 @@ FIT_MESSAGES = {
         gaussian, guide_for(gaussian), Z, objective=MarginalLaplace(), optimizer=Stochastic()
     ),
     "TypeError: TrustRegion needs an objective with second derivatives": lambda: fit(
-        gaussian, guide_for(gaussian), Z, optimizer=TrustRegion()
+        gaussian, Z, objective=FixedDrawELBO(), optimizer=TrustRegion()
     ),
     "ValueError: num_draws must be even": lambda: FixedDrawELBO(num_draws=5),
     "ValueError: a grid of ... points along each of the ... dimensions of a unit has": lambda: GaussHermite(9).points(
@@ -246,14 +268,28 @@ FIT_MESSAGES = {
     "MAX_STEPS: not converged in the steps allowed": lambda: fitted(
         poisson, poisson_counts(5), objective=MarginalLaplace(), optimizer=TrustRegion(max_steps=2)
     ),
-    "TOO_FEW_DRAWS: converged for its own draws only": lambda: fitted(schools, *SCHOOLS),
+    "TOO_FEW_DRAWS: converged for its own draws only": lambda: fitted(schools, *SCHOOLS, objective=FixedDrawELBO()),
+    "note: after ... evaluations the objective was still rising": lambda: fitted(
+        poisson, poisson_counts(5), optimizer=TrustRegion(max_steps=2)
+    ),
     "STUCK: not converged: no step improves the objective although its gradient is not zero": lambda: fitted(
         global_kink, Z, objective=MarginalLaplace(), optimizer=QuasiNewton()
     ),
+    "note: the log joint has rounding errors of": lambda: fitted(causes.in_single, causes.HEIGHT, causes.YEAR),
+    "COLLAPSED: not converged: a scale ran to zero together with the globals that it is the scale of": lambda: fitted(
+        causes.crossed, causes.ANSWERS
+    ),
+    "note: ... ran to ... together with the ... elements of": lambda: fitted(causes.crossed, causes.ANSWERS),
+    "KINKED: not converged: the density has a kink, as of abs, relu, clamp, max or a Laplace density": lambda: fitted(
+        causes.errors, causes.TIMES
+    ),
+    "note: the density has a kink along": lambda: fitted(causes.errors, causes.TIMES),
     "NO_MAXIMUM: not converged: at the best point the objective is flat or curves upwards": lambda: fitted(
         flat, Z, objective=MarginalQuadrature()
     ),
+    "note: neither data nor prior say anything of": lambda: fitted(causes.hidden_prior, causes.MASKED),
     "START_FAILED: not begun: the objective does not exist at the start nor near it": lambda: fitted(nowhere, Z),
+    "note: nothing else was found to be wrong. Start elsewhere": lambda: fitted(nowhere, Z),
     "INTERRUPTED: interrupted: the guide stands at the best point found": interrupted,
     "ValueError: there is no posterior": no_posterior,
     "note: every evaluation ran the model in Python, which takes longer: the model takes the value": lambda: fitted(
@@ -273,18 +309,36 @@ FIT_MESSAGES = {
     "ResumeError: the saved fit has ... parameters and units ..., and this guide has others.": other_units,
     "ResumeError: ... was not written by FitResult.save": no_fit_file,
     "NeedsModelError: this fit was read from a file without its model": no_model,
+    "INEXACT: better integrals over the units (...) give another posterior": lambda: judged(
+        one_answer, ANSWERS, objective=MarginalLaplace()
+    ),
+    "NO_MOMENTS: ... has no ...: its density falls as ... to the power of": lambda: judged(heavy_scale, 30 * Z[:1]),
+    "WEIGHTED: '...' counts with a weight (poutine.scale": lambda: judged(weighted, poisson_counts(10).double()),
+    "POORLY_COVERED: k-hat of the importance weights of the globals is": lambda: judged(tails, Z),
+    "SEVERAL_MODES: unit ... has another mode": lambda: judged(either_sign, Z),
+    "SEVERAL_MODES: the globals have another mode, with about ... % of the mass": lambda: judged(either_sign_of_all, Z),
+    "KINKED: the curvature of ... changes by ... % within": lambda: judged(kinked, Z, objective=MarginalLaplace()),
+    "NOT_A_MAXIMUM: the precision of the ... is not that of a maximum": lambda: judged(
+        answers, (5 * ANSWERS[:50]).clamp(1, 4), objective=FixedDrawELBO()
+    ),
+    "NOT_COMPARED: check=False left the comparison out": lambda: judged(gaussian, Z, check=False),
+    "NOT_COMPARED: it was fitted in minibatches": lambda: judged(
+        subsampled, Z, 2, objective=Stochastic(accuracy=2.0, window=20, max_steps=4000)
+    ),
     "convergence: not converged": lambda: diagnosed(
         gaussian, Z, objective=MarginalLaplace(), optimizer=TrustRegion(max_steps=1)
     ),
     "repair, globals: the precision is not that of a maximum": lambda: diagnosed(
-        answers, (5 * ANSWERS[:50]).clamp(1, 4)
+        answers, (5 * ANSWERS[:50]).clamp(1, 4), objective=FixedDrawELBO()
     ),
     "k-hat, globals: the tail of the importance weights is too heavy, or few draws count": lambda: diagnosed(
         tails, Z, objective=MarginalLaplace()
     ),
-    "k-hat, globals: the Gaussian does not cover the marginal density of the globals": lambda: diagnosed(tails, Z),
+    "k-hat, globals: the Gaussian does not cover the marginal density of the globals": lambda: diagnosed(
+        tails, Z, objective=FixedDrawELBO()
+    ),
     "error, globals: against ..., worst of all at": lambda: diagnosed(one_answer, ANSWERS, objective=MarginalLaplace()),
-    "error, units: against ..., worst of all at": lambda: diagnosed(one_answer, ANSWERS),
+    "error, units: against ..., worst of all at": lambda: diagnosed(one_answer, ANSWERS, objective=FixedDrawELBO()),
     "skewness, units: worst of all unit": lambda: diagnosed(one_sided, ANSWERS, objective=MarginalLaplace()),
     "k-hat, units: worst of all unit": lambda: diagnosed(heavy_units, 30 * Z, objective=MarginalLaplace()),
     "second start: unit ... has another mode": lambda: diagnosed(either_sign, Z, objective=MarginalLaplace()),

@@ -65,7 +65,7 @@ def test_no_window_is_needed_and_no_style_stays(draw, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("draw", OF_A_FIT, ids=lambda draw: draw.__name__)
 def test_what_is_no_fit_is_refused(draw):
-    with pytest.raises(TypeError, match=r"got AutoLaplaceFamily(.|\n)*fit\(model, guide, \*args\)"):
+    with pytest.raises(TypeError, match=r"got AutoLaplaceFamily(.|\n)*fit\(model, \*args\)"):
         draw(AutoLaplaceFamily(epil.model))
 
 

@@ -16,7 +16,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from laplace_amort.errors import NUMERICAL_ERRORS, KinkError, ModeNotFoundError
+from laplace_amort.errors import NUMERICAL_ERRORS, ModelError, ModeNotFoundError
 from laplace_amort.fitting.evaluation import Evaluation, Maximum
 from laplace_amort.fitting.history import History
 from laplace_amort.fitting.optimizers import Optimizer
@@ -26,7 +26,11 @@ from laplace_amort.posterior import Posterior
 from laplace_amort.types import Vector
 from laplace_amort.units import Integrals, ModeStatus
 
-__all__ = ["Objective", "ObjectiveFunction", "gaussian_at", "posterior_whitening", "refuse_lost_units"]
+__all__ = ["KinkFound", "Objective", "ObjectiveFunction", "gaussian_at", "posterior_whitening", "refuse_lost_units"]
+
+
+class KinkFound(ModelError):
+    """The modes of units are lost, and their density has a kink: there is no use in looking for them elsewhere."""
 
 
 @runtime_checkable
@@ -84,14 +88,14 @@ class ObjectiveFunction(ABC):
     def __call__(self, point: Vector) -> Evaluation:
         """Evaluate, without an error where the objective does not exist.
 
-        :raises KinkError: if the modes of units are lost, and their density has a kink.
+        :raises KinkFound: if the modes of units are lost, and their density has a kink.
         """
         self.move(point)
         try:
             found = self._evaluate_with_second_thoughts()
         except NUMERICAL_ERRORS as error:
             if isinstance(error, ModeNotFoundError) and self.problem.kink is not None:
-                raise KinkError(str(self.problem.kink)) from error  # wherever it goes, there is another
+                raise KinkFound(str(self.problem.kink)) from error  # wherever it goes, there is another
             return _nothing(point, f"{type(error).__name__}: {error}")
         derivatives = [part for part in (found.gradient, found.information) if part is not None]
         if not (math.isfinite(found.value) and all(numpy.isfinite(part).all() for part in derivatives)):
@@ -167,7 +171,7 @@ def refuse_lost_units(problem: Problem, found: Integrals) -> None:
         raise ModeNotFoundError(
             f"the conditional mode was not found for {len(lost)} of {found.lost.shape[1]} units, the first of them "
             f"{problem.unit_model.describe(lost[0])}. Did the globals run away? Start elsewhere:\n"
-            "    fit(model, guide, *args, starts=20)",
+            "    fit(model, *args, starts=20)",
             units=problem.unit_model.units[lost].tolist(),
             status=[ModeStatus.MAX_STEPS] * len(lost),
         )

@@ -81,14 +81,13 @@ class Ladder:
     Example::
 
         >>> import pyro, torch, pyro.distributions as dist
-        >>> from laplace_amort import AutoLaplaceFamily, fit
+        >>> from laplace_amort import fit
         >>> def model(z):
         ...     mu = pyro.sample("mu", dist.Normal(0., 1.))
         ...     with pyro.plate("units", len(z)):
         ...         y = pyro.sample("y", dist.Normal(mu, 1.))
         ...         pyro.sample("z", dist.Bernoulli(logits=y), obs=z)
-        >>> pyro.clear_param_store()
-        >>> result = fit(model, AutoLaplaceFamily(model), torch.tensor([0., 1., 1.]), objective=Ladder())
+        >>> result = fit(model, torch.tensor([0., 1., 1.]))       # objective=Ladder() is the default
         >>> result.notes[0].split(":")[0]
         'Laplace() is enough'
     """
