@@ -3,6 +3,7 @@
 from laplace_amort.evidence.comparison import Comparison, compare
 from laplace_amort.evidence.moments import HeavyTail, heavy_tails
 from laplace_amort.evidence.next_rung import against_next, next_rule
+from laplace_amort.evidence.slices import other_peaks
 from laplace_amort.evidence.unit_checks import other_modes, unit_k_hat
 
 __all__ = [
@@ -13,5 +14,6 @@ __all__ = [
     "heavy_tails",
     "next_rule",
     "other_modes",
+    "other_peaks",
     "unit_k_hat",
 ]

@@ -11,12 +11,11 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy
-import torch
 
+from laplace_amort.evidence.slices import log_densities_at
 from laplace_amort.guide import is_exponential, is_identity
-from laplace_amort.posterior import NestedUnits, Posterior, log_densities
+from laplace_amort.posterior import Posterior
 from laplace_amort.types import Vector, to_numpy
-from laplace_amort.units import Laplace
 
 __all__ = ["HeavyTail", "heavy_tails"]
 
@@ -26,8 +25,6 @@ _FAR_LOGARITHM, _FAR = 8.0, 1e4
 _NOTHING = -30.0
 # By how much a power may be off for being taken short of infinity.
 _SLACK = 0.1
-# Newton steps for modes out there: what is not found is not known.
-_STEPS = 30
 
 
 class HeavyTail(NamedTuple):
@@ -46,7 +43,6 @@ class HeavyTail(NamedTuple):
         return self.power > 2 + _SLACK
 
 
-@torch.no_grad()
 def heavy_tails(posterior: Posterior) -> list[HeavyTail]:
     """Find globals without a standard deviation, by the density along each of them, the others at the center.
 
@@ -58,11 +54,11 @@ def heavy_tails(posterior: Posterior) -> list[HeavyTail]:
     if not rays:
         return []
     center = to_numpy(posterior.gaussian.global_loc)
-    first = _log_densities(posterior, numpy.array([center, *(ray.at(center, 0.0) for ray in rays)]))
+    first = log_densities_at(posterior, numpy.array([center, *(ray.at(center, 0.0) for ray in rays)]))
     seen = [(ray, value) for ray, value in zip(rays, first[1:], strict=True) if value - first[0] > _NOTHING]
     if not seen:
         return []
-    further = _log_densities(posterior, numpy.array([ray.at(center, 1.0) for ray, _ in seen]))
+    further = log_densities_at(posterior, numpy.array([ray.at(center, 1.0) for ray, _ in seen]))
     found: dict[str, HeavyTail] = {}
     for (ray, near), far in zip(seen, further, strict=True):
         power = near - far + (1.0 if ray.is_logarithm else 0.0)
@@ -98,10 +94,3 @@ def _rays(posterior: Posterior) -> Iterator[_Ray]:
                 for sign in (-1.0, 1.0):
                     yield _Ray(names[index], index, sign * _FAR * sds[index], is_logarithm=False)
             index += 1
-
-
-def _log_densities(posterior: Posterior, globals_: Vector) -> Vector:
-    """Return the marginal log density at globals ``(S, d)``, one point for each unit; NaN where it is not known."""
-    units = NestedUnits(posterior.gaussian, posterior.problem.integrals.limited(_STEPS))
-    points = torch.from_numpy(globals_).to(posterior.gaussian.global_loc)
-    return log_densities(units, Laplace(), points, units.conditionals(points))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator
 
 import numpy
+import torch
 from pyro.infer.autoguide.initialization import init_to_sample
 from torch import Tensor
 
+from laplace_amort.evidence import other_peaks
 from laplace_amort.fitting.evaluation import Evaluation, Maximum
 from laplace_amort.fitting.found import Found
 from laplace_amort.fitting.objectives.laplace import LaplaceFunction, MarginalLaplace
@@ -16,14 +19,18 @@ from laplace_amort.fitting.optimizers import TrustRegion
 from laplace_amort.fitting.search import random_starts
 from laplace_amort.guide import Problem
 from laplace_amort.linalg import Whitening
-from laplace_amort.types import Vector
+from laplace_amort.posterior import Posterior
+from laplace_amort.types import Vector, to_numpy
 
 __all__ = ["other_optimum"]
 
-# Starts of each kind besides the mirror image, and evaluations for all of them: as many as the fit took, and at least;
-# more where an evaluation is cheap, by the numbers that the curvatures of units have.
-_STARTS, _LEAST, _CHEAP, _LEAST_IF_CHEAP = 2, 16, 4000, 48
-_MOST = 30  # of one start
+# Draws of the prior, along each of which the density is looked at; peaks that are climbed; and other starts.
+_DRAWS, _PEAKS, _STARTS = 16, 4, 2
+# Evaluations for all climbs: as many as the fit took, and at least; more where an evaluation is cheap, by the numbers
+# that the curvatures of units have. And of one climb.
+_LEAST, _CHEAP, _LEAST_IF_CHEAP, _MOST = 16, 4000, 40, 20
+# Posterior standard deviations from the optimum within which a climb has come back to it.
+_HOME = 2.0
 # Seeds of starts from here on are not those of a fit.
 _SEED = 77_000
 # Posterior standard deviations from which on an optimum is another one.
@@ -45,35 +52,42 @@ def other_optimum(result: Found) -> float:
         return 0.0
     point, memory = problem.state()
     try:
-        here, *others = _optima(problem, max(len(result.history), _least(problem)))
+        here, *others = _optima(problem, result.posterior, max(len(result.history), _least(problem)))
         return max((_left_out(result, here, other) for other in others), default=0.0) if here.status.ok else 0.0
     finally:
         problem.move(point)
         problem.recall(memory)
 
 
-def _optima(problem: Problem, evaluations: int) -> Iterator[Maximum]:
+def _optima(problem: Problem, posterior: Posterior, evaluations: int) -> Iterator[Maximum]:
     """Yield the optimum where the fit stands, and those that other starts lead to, with so many evaluations in all."""
     function = _Counted(MarginalLaplace().bind(problem))
-    center = problem.loc.clone()
-    yield function.climbed(_MOST)
-    function.number = 0
-    for start in (-center, *_starts(problem)):
+    here = function.climbed(_MOST)
+    yield here
+    function.leave(here)
+    for start in _starts(problem, posterior):
         left = evaluations - function.number
         if left <= 0:
             return
         problem.place(start)
-        found = function.climbed(min(left, _MOST))
-        if found.status.ok:
-            yield found
+        with contextlib.suppress(_CameHomeError):
+            found = function.climbed(min(left, _MOST))
+            if found.status.ok:
+                yield found
 
 
-def _starts(problem: Problem) -> Iterator[Tensor]:
-    """Yield starts that know nothing of the fit, by turns uniform and from the prior, which knows how far to look."""
-    uniform = random_starts(problem, _STARTS, _SEED)
-    prior = random_starts(problem, _STARTS, _SEED, init_to_sample)
-    for pair in zip(prior, uniform, strict=True):
+def _starts(problem: Problem, posterior: Posterior) -> Iterator[Tensor]:
+    """Yield the mirror image, peaks along each global as far as its prior reaches, and starts at random."""
+    yield -posterior.gaussian.global_loc
+    prior = torch.stack(list(random_starts(problem, _DRAWS, _SEED, init_to_sample)))
+    for peak in other_peaks(posterior, to_numpy(prior))[:_PEAKS]:
+        yield torch.from_numpy(peak)
+    for pair in zip(prior, random_starts(problem, _STARTS, _SEED), strict=False):
         yield from pair
+
+
+class _CameHomeError(Exception):
+    """A climb has come back to the optimum that is known."""
 
 
 def _least(problem: Problem) -> int:
@@ -89,17 +103,25 @@ class _Counted:
 
     def __init__(self, function: LaplaceFunction) -> None:
         self.function, self.number = function, 0
+        self._home: tuple[Vector, Whitening] | None = None
+
+    def leave(self, home: Maximum) -> None:
+        """Count anew, and end every climb that comes back to an optimum."""
+        self.number = 0
+        if home.status.ok:
+            self._home = home.point, Whitening.of_information(_information(home))
 
     def __call__(self, point: Vector) -> Evaluation:
+        if self._home is not None and self._home[1].distance(point - self._home[0]) < _HOME:
+            raise _CameHomeError
         self.number += 1
         return self.function(point)
 
     def climbed(self, max_steps: int) -> Maximum:
         """Maximize with Newton's method."""
         start = self.function.point()
-        return TrustRegion(max_steps=max_steps).maximize(
-            self, start, lambda: Whitening.of_information(numpy.eye(len(start)))
-        )
+        about = Whitening.of_information(numpy.eye(len(start)))
+        return TrustRegion(max_steps=max_steps).maximize(self, start, lambda: about)
 
 
 def _left_out(result: Found, here: Maximum, other: Maximum) -> float:
