@@ -317,6 +317,9 @@ FIT_MESSAGES = {
     "POORLY_COVERED: k-hat of the importance weights of the globals is": lambda: judged(tails, Z),
     "SEVERAL_MODES: unit ... has another mode": lambda: judged(either_sign, Z),
     "SEVERAL_MODES: the globals have another mode, with about ... % of the mass": lambda: judged(either_sign_of_all, Z),
+    "SEVERAL_MODES: ... optima were found, and the second has about ... % of the mass": lambda: judged(
+        either_sign_of_all, Z, starts=8
+    ),
     "KINKED: the curvature of ... changes by ... % within": lambda: judged(kinked, Z, objective=MarginalLaplace()),
     "NOT_A_MAXIMUM: the precision of the ... is not that of a maximum": lambda: judged(
         answers, (5 * ANSWERS[:50]).clamp(1, 4), objective=FixedDrawELBO()
