@@ -4,7 +4,7 @@ Run ``python benchmarks/silent.py``: it fits the models of ``results/silent_gold
 and prints how it went. ``--objective NestedELBO FixedDrawELBO`` chooses objectives, ``--seeds 0:60`` models,
 ``--likelihood`` and ``--k`` kinds of them; ``--float32`` fits all of them in single precision, where by default some
 are; ``--write FILE`` keeps a line of JSON for each fit, and what the file has is not fitted again. ``--gold 0:300``
-computes the gold of seeds, which takes some ten CPU seconds each, and adds it to the file.
+computes the gold of seeds, which takes 0.3 to 60 CPU seconds each, cheap ones first, and adds it to the file.
 
 Right is: every mean of an element of the globals within 0.1 posterior standard deviations, and every standard deviation
 within 10 %; where gold says that the second moment may not exist, quantiles as near as that. What is not right is

@@ -68,8 +68,8 @@ def _without_end(history: History, maximum: Maximum) -> Iterator[str]:
     if scaled:
         weight = f"Is the weight of '{scaled[0]}' right (poutine.scale)? "
     yield (
-        f"{name} ran to {value:.0e}, and the objective was rising all the way: it has no maximum. {weight}Give {name} a "
-        f"prior that vanishes at both ends:\n    pyro.sample('{name.split('[')[0]}', dist.LogNormal(0., 1.))"
+        f"{name} ran to {value:.0e}, and the objective was rising all the way: it has no maximum. {weight}Give {name} "
+        f"a prior that vanishes at both ends:\n    pyro.sample('{name.split('[')[0]}', dist.LogNormal(0., 1.))"
     )
 
 

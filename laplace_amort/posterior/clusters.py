@@ -23,8 +23,8 @@ _STEPS = 20  # of the EM algorithm
 # Draws that a part has beside its own, spread as all are but for this variance: its covariance is never singular.
 _MORE, _VARIANCE = 10.0, 0.2
 _WIDER = 1.05
-# Share of the draws that are around all parts, how far, so that nothing is lost that the parts leave out.
-_AROUND, _FAR = 0.15, 1.6
+# Shares of the draws that are around all parts, and how far, so that nothing is lost that the parts leave out.
+_AROUND, _FAR = (0.15, 0.1), (1.5, 3.0)
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class SeveralT:
 def clustered(draws: Vector, weights: Vector, loc: Vector, tril: Vector) -> SeveralT:
     """Return a mixture fitted to weighted draws by the EM algorithm, of more parts the more draws count.
 
-    One more part lies around all of them.
+    Two more parts lie around all of them.
 
     :param Vector draws: ``(S, d)``.
     :param Vector weights: that sum to one, ``(S,)``.
@@ -86,8 +86,9 @@ def clustered(draws: Vector, weights: Vector, loc: Vector, tril: Vector) -> Seve
         spread = numpy.einsum("sm,smi,smj->mij", member, off, off) + _MORE * _VARIANCE * numpy.eye(d)
         covs, shares = spread / (size + _MORE)[:, None, None], size / size.sum()
     locs, trils = loc + centers @ tril.T, tril @ numpy.linalg.cholesky(_WIDER * covs)
+    around = numpy.array(_AROUND)
     return SeveralT(
-        numpy.append(shares * (1 - _AROUND), _AROUND),
-        numpy.vstack([locs, loc]),
-        numpy.concatenate([trils, _FAR * tril[None]]),
+        numpy.concatenate([shares * (1 - around.sum()), around]),
+        numpy.concatenate([locs, numpy.tile(loc, (len(around), 1))]),
+        numpy.concatenate([trils, numpy.array(_FAR)[:, None, None] * tril]),
     )

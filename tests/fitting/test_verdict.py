@@ -26,6 +26,7 @@ from laplace_amort import (
 )
 
 Z = torch.tensor([1.0, 3.0, -0.5, 2.0, 0.3, 1.1, 0.2, -1.0], dtype=torch.float64)
+NAMES = {name: getattr(laplace_amort, name) for name in laplace_amort.__all__}
 COUNTS = torch.tensor([0.0, 3.0, 1.0, 3.0, 3.0, 0.0, 2.0, 3.0], dtype=torch.float64)
 
 
@@ -140,7 +141,7 @@ def test_an_objective_that_was_chosen_is_compared_and_its_line_gives_the_right_p
     assert result.verdict is Verdict.INEXACT
     assert result.errors.mean > 0.1 or result.errors.sd > 10
     model, args = binary, (COUNTS,)
-    again = eval(result.judgement.advice, vars(laplace_amort) | {"model": model, "args": args})
+    again = eval(result.judgement.advice, NAMES | {"model": model, "args": args})
     assert again.verdict is Verdict.RIGHT
     # The error was estimated about as large as it was.
     worst = max(
@@ -153,7 +154,7 @@ def test_an_objective_that_was_chosen_is_compared_and_its_line_gives_the_right_p
 def test_the_line_for_a_finer_rule_can_be_typed():
     result = quiet(binary, COUNTS, objective=Ladder(max_points=1))
     assert result.verdict is Verdict.INEXACT
-    again = eval(result.judgement.advice, vars(laplace_amort) | {"model": binary, "args": (COUNTS,)})
+    again = eval(result.judgement.advice, NAMES | {"model": binary, "args": (COUNTS,)})
     assert isinstance(again.maximized, MarginalQuadrature)
     assert again.verdict is Verdict.RIGHT
 
@@ -163,7 +164,7 @@ def test_without_the_comparison_nothing_is_known():
     assert result.verdict is Verdict.NOT_COMPARED
     assert not result.verdict.ok
     assert result.errors is None
-    again = eval(result.judgement.advice, vars(laplace_amort) | {"model": binary, "args": (COUNTS,)})
+    again = eval(result.judgement.advice, NAMES | {"model": binary, "args": (COUNTS,)})
     assert again.verdict.ok
 
 

@@ -184,6 +184,6 @@ def test_several_parts_integrate_to_one_and_are_drawn_from():
 def test_few_draws_make_few_parts(d):
     draws = numpy.random.default_rng(0).normal(size=(30, d))
     several = clustered(draws, numpy.full(30, 1 / 30), numpy.zeros(d), numpy.eye(d))
-    assert len(several.shares) == max(30 // (10 * d), 1) + 1  # and one around them
+    assert len(several.shares) == max(30 // (10 * d), 1) + 2  # and two around them
     assert several.shares.sum() == pytest.approx(1.0)
     assert numpy.isfinite(several.log_density(several.draw(64, 0))).all()
