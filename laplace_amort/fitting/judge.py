@@ -23,8 +23,9 @@ __all__ = ["judge"]
 
 # How far off means may be, in posterior standard deviations, and standard deviations, in per cent; and those of units.
 _MEAN, _SD, _UNIT_MEAN, _UNIT_SD = 0.1, 10.0, 0.2, 20.0
-# Draws of the globals that must count.
-_EFFECTIVE = 64
+# Draws of the globals that must count. Where more than a share of them does, the heaviest weights are none too heavy,
+# whatever the shape of their tail; and where few do, the shape is judged more strictly.
+_EFFECTIVE, _MANY, _FEW, _K_IF_FEW = 64, 0.5, 0.1, 0.5
 # Share of the mass of a unit, or of the globals, at another mode that may be left out.
 _ELSEWHERE = 0.03
 # Added to a seed, for the draws that a Gaussian is compared by.
@@ -140,7 +141,9 @@ def _sampling_errors(posterior: Posterior, without: set[str]) -> tuple[float, fl
 
 def _weights(posterior: Posterior) -> Iterator[Reason]:
     found = posterior.globals_
-    if found.k_hat > K_GOOD or not found.effective >= min(_EFFECTIVE, len(found.draws)):
+    share = found.effective / len(found.draws)
+    heavy = (found.k_hat > K_GOOD and share < _MANY) or (found.k_hat > _K_IF_FEW and share < _FEW)
+    if heavy or not found.effective >= min(_EFFECTIVE, len(found.draws)):
         sentence = (
             f"k-hat of the importance weights of the globals is {found.k_hat:.2f}, and {len(found.draws)} draws are as "
             f"good as {found.effective:.0f} equal ones: a ridge, a funnel, or tails without end? Write the model in "

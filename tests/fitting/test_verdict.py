@@ -58,6 +58,15 @@ def with_a_sign_to_choose(z, link=torch.square):
         pyro.sample("z", dist.Normal(y, 0.5), obs=z)
 
 
+def ridge(z, spread=0.3, bend=1.0):
+    """A bend of nine globals, of which no proposal has the ends: the sd of a is 2."""
+    a = pyro.sample("a", dist.Normal(0.0, 2.0))
+    b = pyro.sample("b", dist.Normal((bend * a**2).unsqueeze(-1).expand(*a.shape, 8), spread).to_event(1))
+    with pyro.plate("units", len(z)):
+        y = pyro.sample("y", dist.Normal(0.0 * b[..., :1], 1.0))
+        pyro.sample("z", dist.Normal(y, 1.0), obs=z)
+
+
 def funnel(z, spread=3.0):
     s = pyro.sample("s", dist.Normal(0.0, spread))
     scale = (s / 2).exp().unsqueeze(-1).expand(*s.shape, 6)
@@ -98,7 +107,9 @@ def says(result, verdict):
 PLANTED = {
     "two modes in a unit": (Verdict.SEVERAL_MODES, with_two_modes_in_a_unit, (Z.abs(),), (Z.abs(), torch.exp)),
     "a sign to choose": (Verdict.SEVERAL_MODES, with_a_sign_to_choose, (Z + 3,), (Z + 3, torch.exp)),
-    "a funnel": (Verdict.POORLY_COVERED, funnel, (Z,), (Z, 0.1)),
+    "a funnel": (Verdict.NOT_CONVERGED, funnel, (Z,), (Z, 0.1)),
+    "a ridge that bends": (Verdict.POORLY_COVERED, ridge, (Z,), (Z, 2.0, 0.1)),
+    "a narrow one": (Verdict.POORLY_COVERED, ridge, (Z, 0.05), (Z, 2.0, 0.0)),
     "a tail without end": (Verdict.NO_MOMENTS, without_data, (Z, dist.HalfCauchy(1.0)), (Z, dist.HalfNormal(1.0))),
     "and of a real number": (Verdict.NO_MOMENTS, without_data, (Z, dist.Cauchy(0.0, 1.0)), (Z, dist.Normal(0.0, 1.0))),
     "a t of few degrees": (
