@@ -89,7 +89,7 @@ def test_every_line_does_what_is_shown(directory, step_cost, monkeypatch):
             assert shown in (masked(out), masked(err)), block.line
             compared += 1
     assert compared == 6
-    assert {path.name for path in directory.iterdir()} >= {"posterior.csv", "posterior.nc", "marginals.png", "fit.pt"}
+    assert {path.name for path in directory.iterdir()} >= {"posterior.csv", "posterior.nc", "marginals.png", "fit.laf"}
 
 
 def test_the_table_of_exit_codes_is_that_of_the_code():

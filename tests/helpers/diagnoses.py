@@ -30,5 +30,5 @@ def level(diagnosis, name):
 
 def followed(diagnosis, model, args):
     """What the line of advice returns."""
-    guide = guide_for(model)
-    return eval(diagnosis.advice, vars(laplace_amort) | {"model": model, "guide": guide, "args": args})
+    public = {name: getattr(laplace_amort, name) for name in laplace_amort.__all__}
+    return eval(diagnosis.advice, public | {"model": model, "args": args})

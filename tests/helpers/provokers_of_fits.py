@@ -130,6 +130,15 @@ def judged(model, *args, **options):
     return [f"{reason.verdict.name}: {reason.sentence}" for reason in result.judgement.reasons]
 
 
+def bent(z):
+    """Globals along ridges that bend far away."""
+    a = pyro.sample("a", dist.Normal(0.0, 10.0).expand([6]).to_event(1))
+    pyro.sample("b", dist.Normal(a[..., :5] ** 2, 0.1).to_event(1))
+    with pyro.plate("units", len(z)):
+        y = pyro.sample("y", dist.Normal(a[..., 5:6], 1.0))
+        pyro.sample("z", dist.Normal(y, 1.0), obs=z)
+
+
 def either_sign_of_all(z):
     mu = pyro.sample("mu", dist.Normal(0.0, 3.0))
     with pyro.plate("units", len(z)):
@@ -314,9 +323,12 @@ FIT_MESSAGES = {
     ),
     "NO_MOMENTS: ... has no ...: its density falls as ... to the power of": lambda: judged(heavy_scale, 30 * Z[:1]),
     "WEIGHTED: '...' counts with a weight (poutine.scale": lambda: judged(weighted, poisson_counts(10).double()),
-    "POORLY_COVERED: k-hat of the importance weights of the globals is": lambda: judged(tails, Z),
+    "POORLY_COVERED: k-hat of the importance weights of the globals is": lambda: judged(bent, Z),
     "SEVERAL_MODES: unit ... has another mode": lambda: judged(either_sign, Z),
     "SEVERAL_MODES: the globals have another mode, with about ... % of the mass": lambda: judged(either_sign_of_all, Z),
+    "SEVERAL_MODES: ... optima were found, and the second has about ... % of the mass": lambda: judged(
+        either_sign_of_all, Z, starts=8
+    ),
     "KINKED: the curvature of ... changes by ... % within": lambda: judged(kinked, Z, objective=MarginalLaplace()),
     "NOT_A_MAXIMUM: the precision of the ... is not that of a maximum": lambda: judged(
         answers, (5 * ANSWERS[:50]).clamp(1, 4), objective=FixedDrawELBO()
