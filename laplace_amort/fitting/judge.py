@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy
 import torch
 
 from laplace_amort.errors import NUMERICAL_ERRORS, ModelError, StructureError
-from laplace_amort.evidence import HeavyTail, against_next, compare, heavy_tails, next_rule, other_modes
+from laplace_amort.evidence import (
+    HeavyTail,
+    PosteriorComparison,
+    against_next,
+    compare,
+    heavy_tails,
+    next_rule,
+    other_modes,
+)
 from laplace_amort.fitting.evaluation import FitStatus
 from laplace_amort.fitting.found import Found
 from laplace_amort.fitting.objectives.ladder import Ladder
@@ -17,12 +26,14 @@ from laplace_amort.fitting.other_optima import other_optimum
 from laplace_amort.fitting.verdict import NEXT_LINE, Errors, Judgement, Reason, Verdict
 from laplace_amort.guide import LaplaceGaussian
 from laplace_amort.posterior import K_GOOD, Posterior
-from laplace_amort.types import element_names, to_numpy
+from laplace_amort.types import element_names, in_sd, to_numpy
 
 __all__ = ["judge"]
 
 # How far off means may be, in posterior standard deviations, and standard deviations, in per cent; and those of units.
 _MEAN, _SD, _UNIT_MEAN, _UNIT_SD = 0.1, 10.0, 0.2, 20.0
+# Errors of quasi-random draws, as a share of what eight parts of them tell: together they are better balanced.
+_TOGETHER = 0.5
 # Draws of the globals that must count. Where more than a share of them does, the heaviest weights are none too heavy,
 # whatever the shape of their tail; and where few do, the shape is judged more strictly.
 _EFFECTIVE, _MANY, _FEW, _K_IF_FEW = 64, 0.5, 0.1, 0.5
@@ -62,9 +73,11 @@ def _evidence(result: Found) -> tuple[Errors | None, list[Reason]]:
         return None, [*reasons, Reason(Verdict.NOT_COMPARED, "check=False left the comparison out", _LONGER)]
     own, reference = against_next(result.posterior, result.rule, result.seed + _OTHER_SEED)
     tails = heavy_tails(result.posterior)
-    errors = _errors(own, reference, result.posterior, {tail.name for tail in tails})
-    reasons += _weights(result.posterior if own is not result.posterior else reference)
-    reasons += _inexact(result, errors)
+    sampled = result.posterior if own is not result.posterior else reference
+    by_sampling = _sampling_errors(sampled, {tail.name for tail in tails})
+    errors = _errors(compare(own, reference), by_sampling)
+    reasons += _weights(sampled)
+    reasons += _inexact(result, errors, by_sampling)
     reasons += map(_without_moments, tails)
     reasons += _modes_of_units(result, gaussian)
     reasons += _modes_of_globals(result)
@@ -109,34 +122,39 @@ def _scales(result: Found) -> Iterator[Reason]:
         yield Reason(Verdict.WEIGHTED, sentence, "pyro.plate('units', N, subsample_size=B)")
 
 
-def _errors(own: Posterior, reference: Posterior, whole: Posterior, without: set[str]) -> Errors:
-    """Estimate how far off moments are: by the next rung, and by sampling; of all globals but some."""
-    found = compare(own, reference)
-    sampled = whole if own is not whole else reference
-    mean, sd, where = _sampling_errors(sampled, without)
-    is_rung = found.globals_.mean + found.globals_.sd >= mean + sd
+class _Sampling(NamedTuple):
+    """Errors of moments by sampling, the largest of the globals: of means, of standard deviations, and of which."""
+
+    mean: float
+    sd: float
+    where: str
+
+
+def _errors(found: PosteriorComparison, by_sampling: _Sampling) -> Errors:
+    """Add up how far off moments are: by the next rung, and by sampling."""
+    is_rung = found.globals_.mean + found.globals_.sd >= by_sampling.mean + by_sampling.sd
     return Errors(
-        mean=found.globals_.mean + mean,
-        sd=100 * (found.globals_.sd + sd),
-        global_=found.globals_.where if is_rung else where,
+        mean=found.globals_.mean + by_sampling.mean,
+        sd=100 * (found.globals_.sd + by_sampling.sd),
+        global_=found.globals_.where if is_rung else by_sampling.where,
         unit_mean=found.units.mean,
         unit_sd=100 * found.units.sd,
         unit=found.units.where,
     )
 
 
-def _sampling_errors(posterior: Posterior, without: set[str]) -> tuple[float, float, str]:
-    """Return the largest errors by sampling of constrained means and standard deviations, and of which global."""
+def _sampling_errors(posterior: Posterior, without: set[str]) -> _Sampling:
+    """Return those of constrained globals but for some."""
     globals_, _ = posterior.weighted_globals()
     values = posterior.gaussian.constrained_globals(globals_)
     names = [name for site, value in values.items() for name in element_names(site, value.shape[1:])]
     if not names:
-        return 0.0, 0.0, ""
+        return _Sampling(0.0, 0.0, "")
     flat = to_numpy(torch.cat([value.reshape(len(value), -1) for value in values.values()], 1))
     moving = numpy.ptp(flat, axis=0) > 1e-9 * (1 + numpy.abs(flat).max(0))  # not those of a matrix that are constant
     counts = moving & ~numpy.isin(names, sorted(without))
-    mean, sd = (numpy.where(counts, part, 0.0) for part in posterior.globals_.errors_of(flat))
-    return float(mean.max()), float(sd.max()), names[int((mean + sd).argmax())]
+    mean, sd = (numpy.where(counts, _TOGETHER * part, 0.0) for part in posterior.globals_.errors_of(flat))
+    return _Sampling(float(mean.max()), float(sd.max()), names[int((mean + sd).argmax())])
 
 
 def _weights(posterior: Posterior) -> Iterator[Reason]:
@@ -152,10 +170,16 @@ def _weights(posterior: Posterior) -> Iterator[Reason]:
         yield Reason(Verdict.POORLY_COVERED, sentence, _BY_CHAINS)
 
 
-def _inexact(result: Found, errors: Errors) -> Iterator[Reason]:
-    of_globals = errors.mean > _MEAN or errors.sd > _SD
-    of_units = errors.unit_mean > _UNIT_MEAN or errors.unit_sd > _UNIT_SD
-    if of_globals or of_units or not numpy.isfinite([errors.mean, errors.sd, errors.unit_mean, errors.unit_sd]).all():
+def _inexact(result: Found, errors: Errors, by_sampling: _Sampling) -> Iterator[Reason]:
+    if max(by_sampling.mean / _MEAN, 100 * by_sampling.sd / _SD) > 1:
+        sentence = (
+            f"the draws of the globals give means to {in_sd(by_sampling.mean)} and standard deviations to "
+            f"{100 * by_sampling.sd:.2g} %, worst of all of {by_sampling.where}. Sample it by chains:"
+        )
+        yield Reason(Verdict.POORLY_COVERED, sentence, _BY_CHAINS)
+        return
+    off = errors.mean / _MEAN, errors.sd / _SD, errors.unit_mean / _UNIT_MEAN, errors.unit_sd / _UNIT_SD
+    if not max(off) <= 1 or not numpy.isfinite(off).all():
         finer = next_rule(result.rule, result.problem.start.shape[1])
         advice = f"fit(model, *args, objective=MarginalQuadrature({finer!r}))"
         advice = advice if isinstance(result.asked, Ladder) else _LONGER
