@@ -1,6 +1,6 @@
 """What speaks for a posterior or against it: comparisons with a better one, tails, other modes."""
 
-from laplace_amort.evidence.comparison import Comparison, PosteriorComparison, compare
+from laplace_amort.evidence.comparison import Comparison, PosteriorComparison, compare, compare_globals
 from laplace_amort.evidence.moments import HeavyTail, heavy_tails
 from laplace_amort.evidence.next_rung import against_next, next_rule
 from laplace_amort.evidence.slices import other_peaks
@@ -12,6 +12,7 @@ __all__ = [
     "PosteriorComparison",
     "against_next",
     "compare",
+    "compare_globals",
     "heavy_tails",
     "next_rule",
     "other_modes",

@@ -10,7 +10,7 @@ from torch import Tensor
 from laplace_amort.posterior import Posterior
 from laplace_amort.types import element_name
 
-__all__ = ["Comparison", "PosteriorComparison", "compare"]
+__all__ = ["Comparison", "PosteriorComparison", "compare", "compare_globals"]
 
 
 class Comparison(NamedTuple):
@@ -49,6 +49,16 @@ def compare(posterior: Posterior, reference: Posterior) -> PosteriorComparison:
         *(_worst({name: [part[name] for part in parts] for name in sites})
           for sites in (layout.global_sites, layout.local_sites))
     )  # fmt: skip
+
+
+def compare_globals(posterior: Posterior, reference: Posterior) -> Comparison:
+    """Compare means and standard deviations of the globals alone, which takes no look at the units.
+
+    :param Posterior posterior: of some model and data.
+    :param Posterior reference: of the same.
+    """
+    parts = *posterior.global_moments, *reference.global_moments
+    return _worst({name: [part[name] for part in parts] for name in posterior.gaussian.unit_model.layout.global_sites})
 
 
 def _worst(sites: dict[str, list[Tensor]]) -> Comparison:

@@ -10,7 +10,7 @@ import scipy.special
 import torch
 
 from laplace_amort.errors import NUMERICAL_ERRORS
-from laplace_amort.evidence import against_next, compare
+from laplace_amort.evidence import against_next, compare_globals
 from laplace_amort.fitting.evaluation import Maximum
 from laplace_amort.fitting.history import History
 from laplace_amort.fitting.objectives.base import Objective
@@ -25,6 +25,8 @@ __all__ = ["Ladder"]
 
 # Draws by which two rungs are compared, and the share of them that must count.
 _DRAWS, _COUNTING = 32, 0.5
+# A change in standard deviations, or as a share of one, that no better look at it would make small.
+_FAR = 0.3
 # Standard deviations, and shares of one, that are not told from none: rounding errors would be.
 _NOTHING = 1e-3
 
@@ -178,7 +180,7 @@ class _Step:
     def _moved_by_its_own_draws(self, gaussian: LaplaceGaussian) -> tuple[float, float]:
         """Return the changes of the globals by draws of the marginal density itself, as the posterior has them."""
         self.posterior = self.rung.posterior(self.history.problem, gaussian, self.history.seed)
-        found = compare(*against_next(self.posterior, self.rule, 0, self.finer)).globals_
+        found = compare_globals(*against_next(self.posterior, self.rule, 0, self.finer))
         return found.mean, found.sd
 
 
@@ -187,7 +189,8 @@ def _moved_near_normal(
 ) -> tuple[float, float] | None:
     """Return the largest changes of means and standard deviations of the globals, by the same draws for both rules.
 
-    None where few of these draws count: they are those of a normal distribution, and the density is not near one.
+    None where few of these draws count: they are those of a normal distribution, and the density is not near one. That
+    few count by the finer rule alone says that it is another density, and as far off as it seems, or farther.
     """
     d = len(gaussian.global_loc)
     if d == 0:
@@ -195,19 +198,21 @@ def _moved_near_normal(
     z = matched_normal(max(_DRAWS, 8 * d), d, seed=0)
     draws = gaussian.global_loc + torch.from_numpy(z).to(gaussian.global_loc) @ gaussian.precision.global_scale_tril.mT
     start = NestedUnits(gaussian, integrals).start(draws)
-    moments = []
+    moments, counting = [], []
     for one in (rule, finer):
         points = one.points(gaussian.local_loc.shape[1], draws)
         exact = integrals if isinstance(one, Laplace) else integrals.loose()
         values = exact.values(points, QuadraturePoints.log_integral, draws, start).values
         log_ratios = values.nan_to_num(nan=-torch.inf).double().cpu().numpy() + (z**2).sum(-1) / 2
         weights = numpy.exp(log_ratios - scipy.special.logsumexp(log_ratios))
-        if not 1 / (weights**2).sum() >= _COUNTING * len(z):
+        counting.append(1 / (weights**2).sum() >= _COUNTING * len(z))
+        if not counting[0]:
             return None
         mean = weights @ z
         moments.append((mean, numpy.sqrt(weights @ (z - mean) ** 2)))
     (mean, sd), (true_mean, true_sd) = moments
-    return float((numpy.abs(mean - true_mean) / true_sd).max()), float(numpy.abs(sd / true_sd - 1).max())
+    moves = float((numpy.abs(mean - true_mean) / true_sd).max()), float(numpy.abs(sd / true_sd - 1).max())
+    return moves if counting[1] or max(moves) > _FAR else None
 
 
 def _units_moved(
