@@ -265,7 +265,9 @@ class ImportanceSampler:
         mixture, note = _Mixture(), ""
         number = min(self.max_draws, max(self.num_draws, 2 ** math.ceil(math.log2(_EACH * len(loc)))))
         found = mixture.extended(Normal(loc, scale_tril), log_density, number, self.seed)
-        near_normal = found.effective >= _NEAR_NORMAL * number and self._suffices(found)
+        # Of weights that are nearly the same the tail has a shape too, and a better one is none of theirs.
+        near_normal = found.effective >= _NEAR_NORMAL * number and found.error <= self.accuracy
+        near_normal = near_normal and found.k_hat < K_GOOD
         if number >= self.max_draws or (near_normal and not self._hides(found, mixture, log_density, scale_tril)):
             return found
         first = split_along_axes(rough or log_density, loc, scale_tril)
