@@ -98,7 +98,7 @@ REVEALED = {
 }
 # Each a mistake, and the kind of error that tells of it.
 MISTAKES = {
-    "fit(hierarchy, guide, z)": "arg-type",
+    "fit(hierarchy, z, guide=guide)": "arg-type",
     "fit(hierarchy, family, z, starts='many')": "arg-type",
     "fit(hierarchy, family, z, objective=MarginalCurvature())": "arg-type",
     "result.posterior.mean().item()": "attr-defined",

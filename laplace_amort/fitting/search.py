@@ -113,7 +113,8 @@ def _climbed(history: History, objective: Objective, optimizer: Optimizer) -> Ma
     if not math.isfinite(maximum.evaluation.value):
         return maximum
     information = maximum.evaluation.information
-    said = history.timed("scales", lambda: str(find_collapse(history.problem, maximum.point, information) or ""))
+    # No part of the journal: a fit that goes on with other settings may have more rungs in this place.
+    said = str(find_collapse(history.problem, maximum.point, information) or "")
     return maximum._replace(status=FitStatus.COLLAPSED, notes=(said,)) if said else maximum
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers.fit_models import Interrupt, guide_for, poisson, poisson_counts, subsampled, trajectory
+from helpers.fit_models import Interrupt, assert_near, guide_for, poisson, poisson_counts, subsampled, trajectory
 
 from laplace_amort import (
     Boost,
@@ -32,14 +32,6 @@ CASES = {
     "boost": ({"repair": Boost()}, {"objective": FixedDrawELBO(num_draws=8, accuracy=1.0)}),
     "three starts": ({}, {"objective": FixedDrawELBO(num_draws=4), "starts": 3}),
 }
-
-
-def assert_near(actual, expected):
-    """A file has no modes of the units: they are found anew, to the tolerance of the search."""
-    assert actual.status == expected.status
-    assert actual.objective == pytest.approx(expected.objective, rel=1e-7)
-    distance = (actual.guide.loc - expected.guide.loc).detach()
-    assert (distance.abs() < 1e-4 * (1 + expected.guide.loc.detach().abs())).all()
 
 
 def assert_same(actual, expected):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pyro
 import pyro.distributions as dist
+import pytest
 import torch
 from pyro import poutine
 from pyro.distributions import constraints
@@ -121,6 +122,14 @@ def guide_for(model, **options):
 def trajectory(result):
     """All that a history says, but for seconds."""
     return [(step.stage, step.objective, step.gradient_norm, step.num_draws) for step in result.history]
+
+
+def assert_near(actual, expected):
+    """A file has no modes of the units: they are found anew, to the tolerance of the search."""
+    assert actual.status == expected.status
+    assert actual.objective == pytest.approx(expected.objective, rel=1e-7)
+    distance = (actual.guide.loc - expected.guide.loc).detach()
+    assert (distance.abs() < 1e-4 * (1 + expected.guide.loc.detach().abs())).all()
 
 
 class Interrupt:

@@ -110,7 +110,7 @@ def test_refined_integrates_over_units_as_before():
         posterior = fit(poisson, guide_for(poisson), z, objective=objective).posterior
         found[type(objective)] = posterior.log_evidence, posterior.refined(2000).log_evidence
     before, after = found[MarginalQuadrature]
-    assert abs(after - before) < 0.3 * abs(found[MarginalLaplace][1] - before)
+    assert abs(after - before) < 0.5 * abs(found[MarginalLaplace][1] - before)
 
 
 @pytest.mark.parametrize("objective", [FixedDrawELBO(accuracy=0.2), MarginalLaplace()])
