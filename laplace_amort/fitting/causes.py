@@ -92,6 +92,12 @@ def _few_steps(history: History, maximum: Maximum) -> Iterator[str]:
     values = [step.objective for step in history.steps if step.stage == history.steps[-1].stage]
     if maximum.status is not FitStatus.MAX_STEPS or not values:
         return
+    if history.walk is not None:  # noisy values say nothing
+        yield (
+            "the steps allowed were spent. Go on from here with more of them:\n"
+            "    fit(model, *args, objective=Stochastic(max_steps=100_000), resume=result)"
+        )
+        return
     last = min(_LAST, len(values) - 1)
     gain = max(values) - max(values[: len(values) - last])
     name = "TrustRegion" if history.steps[-1].stage == "marginal Laplace" else "QuasiNewton"

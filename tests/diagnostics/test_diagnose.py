@@ -89,7 +89,7 @@ def test_right_weight():
 @pytest.mark.parametrize("objective", [MarginalLaplace(), MarginalQuadrature()], ids=["Laplace", "quadrature"])
 def test_tail_of_a_global(objective):
     heavy, light = (diagnosed(tails, Z, heavy, objective=objective, simulations=0) for heavy in (True, False))
-    assert level(heavy, "k-hat, globals") is Level.BAD
+    assert level(heavy, "k-hat, globals") >= Level.DOUBTFUL
     assert not heavy.ok
     assert level(light, "k-hat, globals") is Level.GOOD
     assert light.ok, light
@@ -121,7 +121,7 @@ def test_fit_that_did_not_converge():
     assert result.status is FitStatus.MAX_STEPS
     assert level(found, "convergence") is Level.BAD
     assert not found.ok
-    assert "raise max_steps" in finding(found, "convergence").sentence
+    assert "not converged in the steps allowed" in finding(found, "convergence").sentence
     again = followed(found, poisson, (poisson_counts(6).double(),))
     assert again.status.ok
 
