@@ -65,7 +65,7 @@ class Errors(NamedTuple):
 
     def __str__(self) -> str:
         parts = [
-            f"means of the {what} within {in_sd(mean)} and standard deviations within {_percent(sd)} (worst: {where})"
+            f"means of the {what} {_within(in_sd(mean))} and standard deviations {_within(_percent(sd))} (worst: {where})"
             for what, mean, sd, where in (
                 ("globals", self.mean, self.sd, self.global_),
                 ("units", self.unit_mean, self.unit_sd, self.unit),
@@ -73,6 +73,10 @@ class Errors(NamedTuple):
             if where
         ]
         return "; ".join(parts)
+
+
+def _within(size: str) -> str:
+    return f"within {size.removeprefix('under ')}"
 
 
 def _percent(share: float) -> str:
