@@ -38,6 +38,7 @@ from silent_models import VERSION, Case, draw_case
 
 import laplace_amort
 from laplace_amort import AutoLaplaceFamily, FixedDrawELBO, Ladder, MarginalLaplace, MarginalQuadrature, NestedELBO
+from laplace_amort.types import default_dtype
 
 GOLD = Path(__file__).parent / "results" / "silent_gold.jsonl"
 MEAN, SD = 0.1, 0.1
@@ -190,17 +191,6 @@ def to_flat(value: torch.Tensor) -> Any:
 
 def to_list(value: Any) -> list[float]:
     return [float(one) for one in value]
-
-
-@contextlib.contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Torch's default dtype, for a while."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 @contextlib.contextmanager

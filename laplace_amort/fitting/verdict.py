@@ -65,7 +65,8 @@ class Errors(NamedTuple):
 
     def __str__(self) -> str:
         parts = [
-            f"means of the {what} {_within(in_sd(mean))} and standard deviations {_within(_percent(sd))} (worst: {where})"
+            f"means of the {what} {_within(in_sd(mean))} and standard deviations {_within(_percent(sd))} "
+            f"(worst: {where})"
             for what, mean, sd, where in (
                 ("globals", self.mean, self.sd, self.global_),
                 ("units", self.unit_mean, self.unit_sd, self.unit),

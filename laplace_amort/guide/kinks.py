@@ -21,15 +21,19 @@ from torch import Tensor
 
 from laplace_amort.autodiff import local_information
 from laplace_amort.errors import NUMERICAL_ERRORS
+from laplace_amort.guide.gaussian import LaplaceGaussian
 from laplace_amort.model import UnitModel
 
-__all__ = ["Kink", "find_kink"]
+__all__ = ["Kink", "curvature_beside", "find_kink"]
 
 # Standard deviations to both sides over which lines go, their intervals, and how often the worst of these is halved.
 _REACH, _INTERVALS, _HALVED = 4.0, 64, 40
 # Share of all changes of a gradient that is a jump, from which on there is a kink; and of what the trapezoid left out
 # of an interval, what must be left when it has been halved: there may be several kinks in it.
 _JUMPS, _LEFT = 0.02, 0.1
+
+# Conditional standard deviations beside the mode where curvatures are compared, and by what share they may differ.
+_BESIDE, _NOTICEABLE = 1e-3, 0.05
 
 # Slopes and bends of M lines, at a step along each: from ``(M,)`` to ``(M,)`` both.
 Lines = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -163,3 +167,25 @@ def _missing(left: _Ends, right: _Ends) -> Tensor:
     """What a trapezoid of the bends leaves out of the change of the slope, ``(M,)``."""
     found = right.slope - left.slope - (right.step - left.step) * (left.bend + right.bend) / 2
     return found.abs().nan_to_num(nan=0.0, posinf=0.0)
+
+
+@torch.no_grad()
+def curvature_beside(model: UnitModel, gaussian: LaplaceGaussian) -> list[str]:
+    """Say so if the curvature of a unit at its mode is not that beside it: autograd sees none at the tip of a kink.
+
+    :param UnitModel model: at its data.
+    :param LaplaceGaussian gaussian: of these units.
+    """
+    tail = gaussian.precision.tail
+    beside = gaussian.local_loc + _BESIDE * gaussian.precision.local_scale_tril.sum(-1)
+    _, there = local_information(model.log_joint, gaussian.global_loc, beside)
+    there = there / model.layout.weight
+    change = ((there - tail).flatten(1).norm(dim=1) / tail.flatten(1).norm(dim=1)).nan_to_num(nan=0.0)
+    if not len(change) or change.max() < _NOTICEABLE:
+        return []
+    unit = int(change.argmax())
+    return [
+        f"the curvature of {model.describe(unit)} changes by {100 * float(change[unit]):.0f} % within {_BESIDE:g} "
+        f"standard deviations of its mode ({int((change > _NOTICEABLE).sum())} of {len(change)} units): do not "
+        "rely on it. Is there a kink, such as abs, max or clamp, in the density?"
+    ]

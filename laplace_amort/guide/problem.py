@@ -15,14 +15,13 @@ from laplace_amort.autodiff import (
     Gradients,
     SeparableDensity,
     arrowhead_information,
-    local_information,
     values_and_gradients,
 )
 from laplace_amort.errors import ModelError, RecordingError, ResumeError
 from laplace_amort.guide.auto import AutoLaplaceFamily
 from laplace_amort.guide.gaussian import LaplaceGaussian
 from laplace_amort.guide.heads import Head
-from laplace_amort.guide.kinks import Kink, find_kink
+from laplace_amort.guide.kinks import Kink, curvature_beside, find_kink
 from laplace_amort.guide.precision import OwnNumbers, numbers_of
 from laplace_amort.guide.vector import set_vector, to_vector
 from laplace_amort.linalg import Arrowhead, repair_tails
@@ -39,9 +38,6 @@ from laplace_amort.types import Vector
 from laplace_amort.units import FreeMode, Mode, NewtonMode, UnitIntegrals
 
 __all__ = ["Problem"]
-
-# Conditional standard deviations beside the mode where curvatures are compared, and by what share they may differ.
-_BESIDE, _NOTICEABLE = 1e-3, 0.05
 
 
 class Problem:
@@ -248,24 +244,12 @@ class Problem:
         finally:
             self.recall(memory)
 
-    @torch.no_grad()
     def kinks(self, gaussian: LaplaceGaussian) -> list[str]:
-        """Say so if the curvature of a unit at its mode is not that beside it: autograd sees none at the tip of a kink.
+        """Say so if the curvature of a unit at its mode is not that beside it; see :func:`curvature_beside`.
 
         :param LaplaceGaussian gaussian: of these units.
         """
-        model, tail = self.unit_model, gaussian.precision.tail
-        beside = gaussian.local_loc + _BESIDE * gaussian.precision.local_scale_tril.sum(-1)
-        _, there = local_information(model.log_joint, gaussian.global_loc, beside)
-        change = ((there / self.weight - tail).flatten(1).norm(dim=1) / tail.flatten(1).norm(dim=1)).nan_to_num(nan=0.0)
-        if not len(change) or change.max() < _NOTICEABLE:
-            return []
-        unit = int(change.argmax())
-        return [
-            f"the curvature of {model.describe(unit)} changes by {100 * float(change[unit]):.0f} % within {_BESIDE:g} "
-            f"standard deviations of its mode ({int((change > _NOTICEABLE).sum())} of {len(change)} units): do not "
-            "rely on it. Is there a kink, such as abs, max or clamp, in the density?"
-        ]
+        return curvature_beside(self.unit_model, gaussian)
 
     # What the model says.
 

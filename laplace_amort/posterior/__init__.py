@@ -2,7 +2,6 @@
 
 from laplace_amort.posterior import markup
 from laplace_amort.posterior.draws import gaussian_sample
-from laplace_amort.posterior.importance import ImportanceSample
 from laplace_amort.posterior.likelihood import ConditionalLikelihood, MarginalLikelihood
 from laplace_amort.posterior.marginal import log_densities, marginal_sample
 from laplace_amort.posterior.posterior import Posterior
@@ -12,6 +11,7 @@ from laplace_amort.posterior.quantiles import weighted_quantiles
 from laplace_amort.posterior.stored import Absent, PosteriorNumbers, StoredPosterior, StoredRows, numbers_of_posterior
 from laplace_amort.posterior.tables import PROBABILITIES, GlobalsTable, records_frame
 from laplace_amort.posterior.unit_draws import LinearUnits, NestedUnits, WeightedUnits
+from laplace_amort.posterior.weighted import ImportanceSample
 
 __all__ = [
     "K_GOOD",

@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from laplace_amort.guide import LaplaceGaussian, Problem
-from laplace_amort.posterior.importance import ImportanceSample, ImportanceSampler, normal_sample
+from laplace_amort.posterior.importance import ImportanceSampler
 from laplace_amort.posterior.known import distinct_rows
 from laplace_amort.posterior.marginal import marginal_sample
 from laplace_amort.posterior.quantiles import check_probabilities, quantiles_of_draws
 from laplace_amort.posterior.unit_draws import NestedUnits, UnitPosterior
+from laplace_amort.posterior.weighted import ImportanceSample, normal_sample
 from laplace_amort.types import Vector, to_numpy
 
 __all__ = ["DRAWS", "PosteriorDraws", "gaussian_sample"]

@@ -18,8 +18,9 @@ import numpy
 import torch
 from torch import Tensor
 
-from laplace_amort.posterior.importance import ImportanceSample, ImportanceSampler
+from laplace_amort.posterior.importance import ImportanceSampler
 from laplace_amort.posterior.unit_draws import NestedUnits
+from laplace_amort.posterior.weighted import ImportanceSample
 from laplace_amort.types import Vector, to_numpy
 from laplace_amort.units import Conditionals, Laplace, QuadraturePoints, QuadratureRule
 

@@ -14,8 +14,9 @@ import scipy.stats
 import torch
 
 from laplace_amort.posterior import importance as room
-from laplace_amort.posterior.importance import ImportanceSample, ImportanceSampler, _Mixture, normal_sample
+from laplace_amort.posterior.importance import ImportanceSampler, _Mixture
 from laplace_amort.posterior.psis import K_GOOD
+from laplace_amort.posterior.weighted import ImportanceSample, normal_sample
 
 # ------------------------------------------------------------------------------------------------------ known integrals
 

@@ -25,7 +25,7 @@ from laplace_amort import (
     StudentPoints,
     fit,
 )
-from laplace_amort.posterior.importance import ImportanceSample
+from laplace_amort.posterior.weighted import ImportanceSample
 
 Z = torch.tensor([1.0, 3.0, -0.5, 2.0], dtype=torch.float64)
 OBJECTIVES = {
