@@ -245,7 +245,7 @@ class Problem:
             self.recall(memory)
 
     def kinks(self, gaussian: LaplaceGaussian) -> list[str]:
-        """Say so if the curvature of a unit at its mode is not that beside it; see :func:`curvature_beside`.
+        """Say so if the curvature of a unit at its mode is not that beside it; see ``kinks.curvature_beside``.
 
         :param LaplaceGaussian gaussian: of these units.
         """
